@@ -1,0 +1,59 @@
+"""How the package's compiled parts come about; pyproject.toml names BuildCompiled.
+
+The C extension is cffi in API mode. Its declarations are cut out of the headers, so
+that there is no second copy to drift. The firmware and the program that runs it are
+built by ``firmware/build.py`` and land beside ``openamp_py/firmware/__init__.py``.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import cffi
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path(__file__).parent
+CONCERNS = ("shared", "virtqueue", "message_ring")
+EXTENSION = "openamp_py.virtio._ring"
+COMPILE_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wshadow")
+# cffi's generated wrapper is not ours to keep free of these.
+WRAPPER_FLAGS = ("-Wno-conversion", "-Wno-unused-parameter", "-Wno-shadow")
+
+
+def declarations(header: Path) -> str:
+    """The lines of a header between its "cdef begin" and "cdef end" marks."""
+    _, _, rest = header.read_text().partition("/* cdef begin")
+    body, end, _ = rest.partition("/* cdef end */")
+    if not end:
+        raise SystemExit(f"{header}: no lines marked for cffi")
+    return body[body.index("\n") :]
+
+
+def generate(target: Path) -> None:
+    """Writes the extension's C source, which includes the headers and calls into them."""
+    ffi = cffi.FFI()
+    for concern in CONCERNS:
+        ffi.cdef(declarations(CSRC / f"{concern}.h"))
+    ffi.set_source(EXTENSION, "".join(f'#include "{concern}.h"\n' for concern in CONCERNS))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    ffi.emit_c_code(str(target))
+
+
+class BuildCompiled(build_ext):
+    """Builds the extension and the firmware, in place or into the build tree."""
+
+    def build_extension(self, ext) -> None:  # type: ignore[no-untyped-def]
+        wrapper = Path(self.build_temp) / "_ring_wrapper.c"
+        generate(wrapper)
+        ext.sources = [str(wrapper), *(str(CSRC / f"{concern}.c") for concern in CONCERNS)]
+        ext.include_dirs = [str(CSRC)]
+        ext.depends = [str(CSRC / f"{concern}.h") for concern in CONCERNS]
+        ext.extra_compile_args = [*COMPILE_FLAGS, *WRAPPER_FLAGS]
+        super().build_extension(ext)
+        package = Path(self.get_ext_fullpath(EXTENSION)).parent.parent
+        subprocess.run(
+            [sys.executable, str(CSRC / "firmware" / "build.py"), str(package / "firmware")],
+            check=True,
+        )

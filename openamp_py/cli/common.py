@@ -1,0 +1,79 @@
+"""What the subcommands share: exit codes, usage errors, options and progress."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import trio
+
+DONE, FAILED, USAGE = 0, 1, 2
+"""Exit codes: done; the peer, the firmware or the platform failed; used wrongly."""
+
+Subparsers = Any
+"""What argparse's add_subparsers returns; its class has no public name."""
+
+
+class UsageError(Exception):
+    """The command was used wrongly."""
+
+
+class Command(Protocol):
+    """A module that is a subcommand."""
+
+    def add_parser(self, commands: Subparsers, common: argparse.ArgumentParser) -> None:
+        """Declares its options, and as `run` what carries it out and returns the exit code."""
+        ...
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Lets the cause of a broken channel out instead of trio's own class."""
+    try:
+        yield
+    except trio.BrokenResourceError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
+class Progress:
+    """A line on a terminal that says how far long work is; nothing anywhere else."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what = what
+        self._total = total
+        self._shown = -1
+        self._on = sys.stderr.isatty()
+
+    def show(self, done: int) -> None:
+        """Updates the line when another percent is done."""
+        percent = 100 * done // self._total if self._total else 100
+        if self._on and percent != self._shown:
+            self._shown = percent
+            print(f"\r{self._what}: {percent:3d} %", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Takes the line away."""
+        if self._on and self._shown >= 0:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self._shown = -1
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def seconds(text: str) -> float:
+    """An argparse type: a time of zero or more seconds."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a time of zero or more seconds")
+    return value

@@ -1,0 +1,310 @@
+"""``openamp ping``: boot a remote, exchange checked messages with it, shut it down."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import signal
+import struct
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from openamp_py.cli.common import (
+    DONE,
+    FAILED,
+    Progress,
+    Subparsers,
+    UsageError,
+    plain_errors,
+    positive_int,
+    seconds,
+)
+from openamp_py.constants import ECHO_CHANNEL
+from openamp_py.errors import OpenAMPError, PeerError
+from openamp_py.rpmsg import Endpoint
+from openamp_py.session import CORES, Session, Shutdown, open_session
+
+# Payload of the echo demo: number u64, size u64, then `size` bytes of the pattern.
+_PREFIX = struct.Struct("<QQ")
+_PATTERN = b"\xa5"
+
+_SILENT_LIMIT = 3
+"""Pings without a reply, one after the other, that are taken for a hang."""
+
+
+def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
+    """Declares ``openamp ping``."""
+    parser = commands.add_parser(
+        "ping",
+        parents=[common],
+        help="boot a remote, exchange messages with it, shut it down",
+        description="Boots a remote, waits for its echo service, sends it messages one at a time, "
+        "checks what comes back, and shuts the remote down gracefully.",
+    )
+    parser.add_argument(
+        "firmware", nargs="?", type=Path, help="ELF to boot; default: the shipped echo firmware"
+    )
+    parser.add_argument(
+        "--core",
+        default="native",
+        help=f"{', '.join(CORES)}, or shm:PATH?doorbell=unix:PATH[&listen=1] for a peer that runs "
+        "already (default: native)",
+    )
+    parser.add_argument("--channel", default=ECHO_CHANNEL, help="service to talk to")
+    parser.add_argument("--count", type=positive_int, default=5, help="messages (default: 5)")
+    parser.add_argument(
+        "--size", type=int, default=56, help="bytes of data behind 16 of header (default: 56)"
+    )
+    parser.add_argument(
+        "--interval", type=seconds, default=0.0, help="seconds between messages (default: 0)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=seconds,
+        default=10.0,
+        help="seconds to wait for the peer and its service (default: 10)",
+    )
+    parser.add_argument(
+        "--wait", type=seconds, default=1.0, help="seconds to wait for a reply (default: 1)"
+    )
+    parser.add_argument(
+        "--grace", type=seconds, default=2.0, help="seconds the remote has to leave (default: 2)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="only the summary")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.set_defaults(run=_run)
+
+
+class RoundTrips:
+    """Round-trip times, kept to three digits so that any number of them takes little memory."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[float] = Counter()
+        self._min = math.inf
+        self._max = 0.0
+
+    def add(self, microseconds: float) -> None:
+        """Counts one."""
+        self._min = min(self._min, microseconds)
+        self._max = max(self._max, microseconds)
+        self._counts[float(f"{microseconds:.3g}")] += 1
+
+    def summary(self) -> dict[str, float] | None:
+        """min, p50, p99 and max in microseconds; None without any."""
+        total = self._counts.total()
+        if not total:
+            return None
+        ordered = sorted(self._counts.items())
+        passed = list(itertools.accumulate(count for _, count in ordered))
+
+        def quantile(q: float) -> float:
+            rank = math.ceil(q * total)
+            value = next(v for (v, _), n in zip(ordered, passed, strict=True) if n >= rank)
+            return min(value, round(self._max, 1))
+
+        return {
+            "min": round(self._min, 1),
+            "p50": quantile(0.5),
+            "p99": quantile(0.99),
+            "max": round(self._max, 1),
+        }
+
+
+_NOT_UP = Shutdown(graceful=False, reason="it never came up")
+
+
+@dataclass(slots=True)
+class _Result:
+    """What has happened so far."""
+
+    sent: int = 0
+    received: int = 0
+    corrupt: int = 0
+    boot_ms: float | None = None
+    times: RoundTrips = field(default_factory=RoundTrips)
+    shutdown: Shutdown = _NOT_UP
+
+    @property
+    def lost(self) -> int:
+        return self.sent - self.received
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.size < 0:
+        raise UsageError(f"--size {options.size}; it cannot be negative")
+    result = _Result()
+    error: OpenAMPError | OSError | None = None
+    try:
+        with plain_errors():
+            trio.run(_ping, options, result)
+    except ValueError as mistake:
+        if isinstance(mistake, OpenAMPError):
+            error = mistake
+        else:
+            raise UsageError(str(mistake)) from mistake
+    except (OpenAMPError, OSError) as problem:
+        error = problem
+    if options.json:
+        print(json.dumps(_to_dict(options, result, error)))
+    elif result.sent:
+        _print_summary(options, result)
+    if error is not None:
+        raise error
+    return FAILED if result.lost or result.corrupt else DONE
+
+
+async def _ping(options: argparse.Namespace, result: _Result) -> None:
+    progress = Progress("ping", options.count)
+    started = time.perf_counter()
+    try:
+        with trio.CancelScope() as waiting:
+            waiting.deadline = trio.current_time() + options.timeout
+            async with (
+                open_session(options.core, options.firmware) as session,
+                session.bus.open_endpoint(options.channel) as endpoint,
+            ):
+                _check_size(options, endpoint)
+                await endpoint.wait_bound()
+                waiting.deadline = math.inf
+                result.boot_ms = (time.perf_counter() - started) * 1e3
+                _print_start(options, endpoint)
+                await _ping_until_interrupted(options, session, endpoint, result, progress)
+        if waiting.cancelled_caught:
+            raise PeerError(
+                f"no service {options.channel!r} on {options.core} within {options.timeout} s; "
+                "is the peer running, and does it announce this name?"
+            )
+    finally:
+        progress.clear()
+
+
+def _check_size(options: argparse.Namespace, endpoint: Endpoint) -> None:
+    limit = endpoint.payload_limit - _PREFIX.size
+    if options.size > limit:
+        raise ValueError(f"--size {options.size} is too large; the limit on this link is {limit}")
+
+
+async def _ping_until_interrupted(
+    options: argparse.Namespace,
+    session: Session,
+    endpoint: Endpoint,
+    result: _Result,
+    progress: Progress,
+) -> None:
+    """Pings, and shuts down gracefully also after Ctrl-C."""
+    with trio.open_signal_receiver(signal.SIGINT) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def interrupt() -> None:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(interrupt)
+            failure: trio.BrokenResourceError | PeerError | None = None
+            try:
+                await _exchange(options, endpoint, result, progress)
+            except (trio.BrokenResourceError, PeerError) as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is None:
+            result.shutdown = await session.shutdown(endpoint, grace=options.grace)
+            return
+    result.shutdown = Shutdown(False, str(failure))
+    raise failure
+
+
+async def _exchange(
+    options: argparse.Namespace, endpoint: Endpoint, result: _Result, progress: Progress
+) -> None:
+    """Sends `count` messages, one in flight, and checks each reply."""
+    data = _PATTERN * options.size
+    silent = 0
+    for number in range(options.count):
+        payload = _PREFIX.pack(number, options.size) + data
+        begin = time.perf_counter()
+        await endpoint.send(payload)
+        result.sent += 1
+        reply = await _reply(endpoint, number, options.wait)
+        if reply is None:
+            silent += 1
+            if silent == _SILENT_LIMIT:
+                raise PeerError(
+                    f"no reply to {silent} messages in a row within {options.wait} s each; "
+                    "the remote hangs"
+                )
+            continue
+        silent = 0
+        taken = (time.perf_counter() - begin) * 1e6
+        result.received += 1
+        result.times.add(taken)
+        good = reply == payload
+        result.corrupt += not good
+        if not (options.quiet or options.json):
+            remark = "" if good else "  CORRUPT"
+            print(
+                f"{len(reply)} bytes from {endpoint.destination:#x}: seq={number} "
+                f"time={taken:.0f} us{remark}"
+            )
+        else:
+            progress.show(number + 1)
+        if options.interval and number + 1 < options.count:
+            await trio.sleep(options.interval)
+
+
+async def _reply(endpoint: Endpoint, number: int, wait: float) -> bytes | None:
+    """The reply to message `number`, or None; late ones to earlier messages are passed over."""
+    with trio.move_on_after(wait):
+        async for message in endpoint:
+            if len(message.payload) < _PREFIX.size:
+                return message.payload
+            if _PREFIX.unpack_from(message.payload)[0] >= number:
+                return message.payload
+        raise PeerError("the remote withdrew its service")
+    return None
+
+
+def _print_start(options: argparse.Namespace, endpoint: Endpoint) -> None:
+    if not options.json:
+        print(
+            f"PING {options.channel} ({endpoint.destination:#x}) on {options.core}: "
+            f"{options.size}({options.size + _PREFIX.size}) bytes of data."
+        )
+
+
+def _print_summary(options: argparse.Namespace, result: _Result) -> None:
+    print(f"--- {options.channel} ping statistics ---")
+    print(
+        f"{result.sent} sent, {result.received} received, {result.lost} lost, "
+        f"{result.corrupt} corrupt"
+    )
+    times = result.times.summary()
+    if times:
+        print("rtt min/p50/p99/max = {min:g}/{p50:g}/{p99:g}/{max:g} us".format(**times))
+    why = f" ({result.shutdown.reason})" if result.shutdown.reason else ""
+    print(f"boot {result.boot_ms:.1f} ms, shutdown {result.shutdown}{why}")
+
+
+def _to_dict(
+    options: argparse.Namespace, result: _Result, error: Exception | None
+) -> dict[str, object]:
+    return {
+        "core": options.core,
+        "firmware": str(options.firmware) if options.firmware else None,
+        "channel": options.channel,
+        "size": options.size,
+        "sent": result.sent,
+        "received": result.received,
+        "lost": result.lost,
+        "corrupt": result.corrupt,
+        "rtt_us": result.times.summary(),
+        "boot_ms": None if result.boot_ms is None else round(result.boot_ms, 3),
+        "shutdown": str(result.shutdown),
+        "shutdown_reason": result.shutdown.reason,
+        "error": None if error is None else str(error),
+    }

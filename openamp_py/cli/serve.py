@@ -1,0 +1,48 @@
+"""``openamp serve``: play a remote for a host that runs elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+import trio
+
+from openamp_py.cli.common import DONE, Subparsers, UsageError, plain_errors
+from openamp_py.constants import ECHO_CHANNEL
+from openamp_py.echo import serve_echo
+from openamp_py.errors import OpenAMPError
+from openamp_py.platforms import ShmAddress, ShmLink
+
+DEFAULT_LINK = "shm:/dev/shm/openamp.shm?doorbell=unix:/tmp/openamp.event.0&listen=1"
+"""Where OpenAMP's own demo programs expect their server."""
+
+
+def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
+    """Declares ``openamp serve``."""
+    parser = commands.add_parser(
+        "serve",
+        parents=[common],
+        help="play a remote for a host elsewhere",
+        description="Plays the remote, in the virtio device role, until the host sends "
+        "SHUTDOWN_MSG, withdraws its endpoint, or is gone.",
+    )
+    parser.add_argument("service", choices=["echo"], help="what to play")
+    parser.add_argument(
+        "--core",
+        default=DEFAULT_LINK,
+        help=f"the link to serve (default: {DEFAULT_LINK}, as OpenAMP's demo programs)",
+    )
+    parser.add_argument("--channel", default=ECHO_CHANNEL, help="name to announce")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        address = ShmAddress.parse(options.core)
+        with contextlib.closing(ShmLink(address)) as link, plain_errors():
+            trio.run(serve_echo, link, options.channel)
+    except ValueError as error:
+        if isinstance(error, OpenAMPError):
+            raise
+        raise UsageError(str(error)) from error
+    return DONE

@@ -1,0 +1,104 @@
+"""Every error this library raises of its own, by whose fault it is.
+
+    OpenAMPError
+    ├── PeerError                the other side broke the protocol
+    │   ├── VirtqueueError         it wrote an impossible value into a ring
+    │   └── PeerGoneError          it left, or its end of the doorbell closed
+    ├── FirmwareError            the image cannot be used (also a ValueError)
+    │   ├── ImageError             the ELF file
+    │   └── ResourceTableError     the resource table, in an image or in memory
+    ├── PlatformError            the platform could not do what was asked
+    │   └── CoreDiedError          a core that ran, ended when it should not have
+    │       ├── CoreCrashedError     by a fault or a signal
+    │       └── CoreResetError       it asked for a reset
+    └── StateError               the caller's: not in this state (also a RuntimeError)
+
+A bad argument is a plain ``ValueError`` or ``TypeError``. An endpoint raises
+trio's own classes: ``trio.ClosedResourceError`` when this side closed it,
+``trio.BrokenResourceError`` (with one of the above as its ``__cause__``) when the
+other side failed, ``trio.EndOfChannel`` when the other side withdrew the channel, and
+``trio.WouldBlock`` from the ``_nowait`` forms.
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+class OpenAMPError(Exception):
+    """Base of every error of this library."""
+
+
+class PeerError(OpenAMPError):
+    """The other side broke the protocol or is gone."""
+
+
+class VirtqueueError(PeerError):
+    """The other side wrote a value into a ring that no working peer can write.
+
+    The virtqueue is broken for good: only a new one, after a reset, can be used.
+    """
+
+
+class PeerGoneError(PeerError):
+    """The other side left, or closed its end of the doorbell."""
+
+
+class FirmwareError(OpenAMPError, ValueError):
+    """A firmware image, or the table in it, cannot be used."""
+
+
+class ImageError(FirmwareError):
+    """The firmware file is not an image that this core can run."""
+
+
+class ResourceTableError(FirmwareError):
+    """A resource table is malformed or asks for something impossible."""
+
+
+class PlatformError(OpenAMPError):
+    """A platform could not do what was asked of it."""
+
+
+class CoreDiedError(PlatformError):
+    """A running core ended when it should not have.
+
+    Attributes:
+        exit_code: what the core's process returned, if it has one.
+    """
+
+    def __init__(self, message: str, *, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class CoreCrashedError(CoreDiedError):
+    """A core was ended by a fault of its own or by a signal from outside.
+
+    Attributes:
+        signal: number of the signal, if there was one.
+        address: the address that faulted, where the platform knows it.
+        pc: the instruction that faulted, where the platform knows it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        exit_code: int | None = None,
+        signal: signal.Signals | None = None,
+        address: int | None = None,
+        pc: int | None = None,
+    ) -> None:
+        super().__init__(message, exit_code=exit_code)
+        self.signal = signal
+        self.address = address
+        self.pc = pc
+
+
+class CoreResetError(CoreDiedError):
+    """A core asked for a reset: all it knew of its virtio devices is lost."""
+
+
+class StateError(OpenAMPError, RuntimeError):
+    """A call came at a time when it is not allowed; nothing was changed."""

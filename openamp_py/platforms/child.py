@@ -1,0 +1,66 @@
+"""Cores that are child processes: starting one, listening to it, and saying how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+
+import trio
+
+from openamp_py.errors import CoreCrashedError, PlatformError
+from openamp_py.platforms.doorbell import Doorbell
+
+
+def spawn(
+    command: Sequence[str | os.PathLike[str]], pass_fds: Sequence[int]
+) -> subprocess.Popen[bytes]:
+    """Starts a program with the given descriptors and no standard streams but stderr.
+
+    From this very thread, on purpose: a parent-death signal fires when the thread that started
+    the child ends, so a worker thread would not do.
+
+    Raises:
+        PlatformError: it cannot be started.
+    """
+    try:
+        return subprocess.Popen(
+            command,
+            pass_fds=pass_fds,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+    except OSError as error:
+        raise PlatformError(f"cannot run {command[0]}: {error.strerror}") from error
+
+
+async def run_child(
+    process: subprocess.Popen[bytes],
+    doorbell: Doorbell,
+    notified: Callable[[], None],
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Listens to a child until it has ended; then `process.returncode` is set.
+
+    Cancellation: the child is killed and reaped.
+    """
+    pidfd = os.pidfd_open(process.pid)
+    try:
+        task_status.started()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(doorbell.run, notified)
+            await trio.lowlevel.wait_readable(pidfd)
+            nursery.cancel_scope.cancel()
+        # What it wrote last may have come without a kick that was heard.
+        notified()
+    finally:
+        os.close(pidfd)
+        process.kill()
+        process.wait()
+
+
+def killed(what: str, returncode: int) -> CoreCrashedError:
+    """The error for a child that a signal ended."""
+    number = signal.Signals(-returncode)
+    return CoreCrashedError(f"{what} died of {number.name}", exit_code=returncode, signal=number)

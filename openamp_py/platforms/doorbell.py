@@ -1,0 +1,54 @@
+"""A doorbell between two processes: one byte on a stream socket for each kick."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import trio
+
+# Bytes are hints and coalesce; this many are taken away at once.
+_BYTES = 4096
+
+
+class Doorbell:
+    """One end of a doorbell.
+
+    Owned by a link, which closes it. A byte's value tells which vring was meant, but whoever
+    hears it looks at everything.
+    """
+
+    def __init__(self, sock: socket.socket, *, constant: int | None = None) -> None:
+        """Owns `sock` from now on. `constant`: send this byte instead of the notify id."""
+        sock.setblocking(False)
+        self._socket = sock
+        self._constant = constant
+
+    def kick(self, notify_id: int) -> None:
+        """Sends one byte. A full socket means that the peer has unheard kicks: enough."""
+        value = notify_id & 0xFF if self._constant is None else self._constant
+        try:
+            self._socket.send(bytes((value,)))
+        except (BlockingIOError, BrokenPipeError, ConnectionResetError):
+            pass
+        except OSError:
+            if self._socket.fileno() >= 0:
+                raise
+
+    async def run(self, notified: Callable[[], None]) -> None:
+        """Calls `notified` for each batch of kicks, until the other end is closed."""
+        while True:
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                heard = self._socket.recv(_BYTES)
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                heard = b""
+            notified()
+            if not heard:
+                return
+
+    def close(self) -> None:
+        """Closes this end. Idempotent."""
+        self._socket.close()

@@ -1,0 +1,140 @@
+"""A remote in the same process: a Python application on the other end of shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from openamp_py.errors import CoreCrashedError
+from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.platforms import demo
+from openamp_py.remoteproc.elf import Firmware
+from openamp_py.remoteproc.platform import Link
+from openamp_py.virtio import Handshake
+
+Application = Callable[[Link], Awaitable[None]]
+"""A remote application: it gets its end of the link and returns when it is done."""
+
+
+class LoopbackPlatform:
+    """Memory for a remote that is a trio task of this program.
+
+    Args:
+        application: what the remote runs; called anew at each start.
+        handshake: how the driver walks the status word.
+    """
+
+    name = "loopback"
+    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+
+    def __init__(self, application: Application, *, handshake: Handshake = Handshake.FULL) -> None:
+        self._application = application
+        self._handshake = handshake
+        self._shared = SharedMemory.create("openamp-loopback", demo.MEMORY_SIZE)
+        self.memory = MemoryMap([self._shared.region("shm", 0)])
+
+    def check(self, firmware: Firmware) -> None:
+        """Raises ImageError for an image with machine code."""
+        demo.check_python(self.name, firmware)
+
+    def create_core(self, firmware: Firmware) -> LoopbackCore:
+        """A remote that will run the application."""
+        return LoopbackCore(self.memory, firmware, self._application, self._handshake)
+
+    def close(self) -> None:
+        """Gives the memory back. Idempotent."""
+        self._shared.close()
+
+
+class _Bell:
+    """A doorbell between two tasks."""
+
+    def __init__(self) -> None:
+        self._rung = trio.Event()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    async def run(self, notified: Callable[[], None]) -> None:
+        while True:
+            await self._rung.wait()
+            self._rung = trio.Event()
+            notified()
+
+
+class _RemoteEnd:
+    """The application's end of a loopback: a link that is up as long as the core runs."""
+
+    name = "loopback host"
+    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+    table_da = demo.TABLE_DA
+
+    def __init__(self, memory: MemoryMap, handshake: Handshake, own: _Bell, other: _Bell) -> None:
+        self.memory = memory
+        self.handshake = handshake
+        self._own = own
+        self._other = other
+
+    def kick(self, notify_id: int) -> None:
+        self._other.ring()
+
+    async def run(
+        self,
+        notified: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        task_status.started()
+        await self._own.run(notified)
+
+
+class LoopbackCore:
+    """One run of the application, seen from the host."""
+
+    name = "loopback core"
+    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+
+    def __init__(
+        self,
+        memory: MemoryMap,
+        firmware: Firmware,
+        application: Application,
+        handshake: Handshake,
+    ) -> None:
+        self.memory = memory
+        self.table_da = firmware.table_da or demo.TABLE_DA
+        self.handshake = handshake
+        self._application = application
+        self._host_bell = _Bell()
+        self._remote_bell = _Bell()
+
+    def kick(self, notify_id: int) -> None:
+        """Wakes the application's side."""
+        self._remote_bell.ring()
+
+    async def run(
+        self,
+        notified: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Runs the application until it returns. See `Link.run`.
+
+        Raises:
+            CoreCrashedError: the application raised an exception, which is the cause.
+        """
+        remote = _RemoteEnd(self.memory, self.handshake, self._remote_bell, self._host_bell)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._host_bell.run, notified)
+            task_status.started()
+            crash: CoreCrashedError | None = None
+            try:
+                await self._application(remote)
+            except Exception as error:
+                crash = CoreCrashedError(f"the core's application raised {error!r}")
+                crash.__cause__ = error
+            notified()
+            nursery.cancel_scope.cancel()
+        if crash is not None:
+            raise crash

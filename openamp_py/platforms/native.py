@@ -1,0 +1,189 @@
+"""The native core: firmware in this machine's own instruction set, run by a child process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform as host_machine
+import signal
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+
+from openamp_py import firmware as shipped
+from openamp_py.errors import (
+    CoreCrashedError,
+    CoreDiedError,
+    CoreResetError,
+    ImageError,
+    PlatformError,
+)
+from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.platforms.child import killed, run_child, spawn
+from openamp_py.platforms.doorbell import Doorbell
+from openamp_py.remoteproc.elf import Firmware
+from openamp_py.virtio import Handshake
+
+RAM_DA = 0x2000_0000
+"""Where the core's RAM begins: below 4 GiB, because a resource table holds u32 addresses."""
+
+RAM_SIZE = 16 << 20
+"""Bytes of RAM; only what is touched costs memory."""
+
+_MACHINES = {"x86_64": 62, "aarch64": 183}
+"""ELF machine numbers by the name of the machine."""
+
+# The report of csrc/native_core.c: kind, signal, code, pad, fault address, pc, sp, text
+_REPORT = struct.Struct("=IIiIQQQ96s")
+_FAULT, _SETUP, _RESET, _HALT = 1, 2, 3, 4
+
+
+class NativePlatform:
+    """Memory and cores for firmware that is built for this machine.
+
+    Args:
+        ram_da: device address at which the firmware is linked.
+        ram_size: bytes of RAM, a multiple of the page size.
+
+    Raises:
+        PlatformError: this machine's instruction set is not supported.
+    """
+
+    name = "native"
+    buffer_area: tuple[int, int] | None = None
+
+    def __init__(self, *, ram_da: int = RAM_DA, ram_size: int = RAM_SIZE) -> None:
+        machine = host_machine.machine()
+        if machine not in _MACHINES:
+            raise PlatformError(
+                f"the native core runs on {' and '.join(_MACHINES)}; this machine is {machine}"
+            )
+        self._machine = _MACHINES[machine]
+        self._shared = SharedMemory.create("openamp-native-ram", ram_size)
+        self._ram_da = ram_da
+        self.memory = MemoryMap([self._shared.region("ram", ram_da)])
+
+    def check(self, firmware: Firmware) -> None:
+        """Raises ImageError unless the image is for this machine and begins in its RAM."""
+        if firmware.machine != self._machine or firmware.elf_class != 64:
+            raise ImageError(
+                f"the image is for {firmware.machine_name or 'no machine'} "
+                f"({firmware.elf_class} bit); the native core runs machine {self._machine}, 64 bit"
+            )
+        if self.memory.find_da(firmware.entry, 1) is None:
+            raise ImageError(
+                f"entry point {firmware.entry:#x} lies outside the core's memory: {self.memory}"
+            )
+
+    def create_core(self, firmware: Firmware) -> NativeCore:
+        """A core that will run the loaded image."""
+        window = f"{self._ram_da:#x}:{self._shared.size:#x}:0"
+        return NativeCore(self.memory, self._shared.fd, window, firmware)
+
+    def close(self) -> None:
+        """Gives the RAM back. Idempotent."""
+        self._shared.close()
+
+
+class NativeCore:
+    """One boot of the native core: a child process, its doorbell and its last words."""
+
+    name = "native core"
+    buffer_area: tuple[int, int] | None = None
+    handshake = Handshake.FULL
+
+    def __init__(self, memory: MemoryMap, fd: int, window: str, firmware: Firmware) -> None:
+        self.memory = memory
+        self.table_da = firmware.table_da or 0
+        self.pid: int | None = None
+        self._fd = fd
+        self._window = window
+        self._entry = firmware.entry
+        self._doorbell: Doorbell | None = None
+
+    def kick(self, notify_id: int) -> None:
+        """Wakes the core."""
+        if self._doorbell is not None:
+            self._doorbell.kick(notify_id)
+
+    async def run(
+        self,
+        notified: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Boots the core and listens to it until it ends. See `Link.run`."""
+        with contextlib.ExitStack() as stack:
+            ours, theirs = socket.socketpair()
+            self._doorbell = Doorbell(ours)
+            stack.callback(self._doorbell.close)
+            last_words, report = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            stack.callback(os.close, last_words)
+            stack.callback(os.close, report)
+            with contextlib.closing(theirs):
+                process = spawn(
+                    [
+                        shipped.path("native-core"),
+                        str(self._fd),
+                        str(theirs.fileno()),
+                        str(report),
+                        hex(self._entry),
+                        self._window,
+                    ],
+                    pass_fds=(self._fd, theirs.fileno(), report),
+                )
+            self.pid = process.pid
+            await run_child(process, self._doorbell, notified, task_status)
+            _judge(process.returncode, _read_report(last_words))
+
+
+def _read_report(fd: int) -> bytes:
+    try:
+        return os.read(fd, _REPORT.size)
+    except BlockingIOError:
+        return b""
+
+
+def _judge(returncode: int, report: bytes) -> None:
+    """Turns the end of the process into nothing, where it was orderly, or into an error.
+
+    The firmware shares the process with whatever wrote the report, so it is taken as a hint
+    about the cause and not for whether there was one.
+    """
+    kind = code = address = pc = 0
+    text = b""
+    if len(report) == _REPORT.size:
+        kind, _number, code, _pad, address, pc, _sp, text = _REPORT.unpack(report)
+    if returncode < 0:
+        number = signal.Signals(-returncode)
+        if kind != _FAULT:
+            raise killed("the core", returncode)
+        if number is signal.SIGSYS:
+            detail = f"system call {address} is not allowed to firmware"
+        else:
+            detail = f"at address {address:#x}"
+        raise CoreCrashedError(
+            f"the core died of {number.name} {detail} (pc {pc:#x})",
+            exit_code=returncode,
+            signal=number,
+            address=address,
+            pc=pc,
+        )
+    if kind == _SETUP:
+        why = text.partition(b"\0")[0].decode(errors="backslashreplace")
+        raise PlatformError(f"the core could not be set up: {why}")
+    if kind == _RESET:
+        raise CoreResetError("the core asked for a reset", exit_code=returncode)
+    if returncode:
+        detail = f" (it halted with code {code})" if kind == _HALT else ""
+        raise CoreDiedError(
+            f"the core ended with exit code {returncode}{detail}", exit_code=returncode
+        )
+
+
+def shipped_echo() -> Path:
+    """The echo firmware for this machine that comes with the package."""
+    return shipped.path("echo-native.elf")

@@ -1,0 +1,102 @@
+"""A remote in a process of its own: a Python program on the other end of shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+import trio
+
+from openamp_py.errors import CoreDiedError
+from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.platforms import demo
+from openamp_py.platforms.child import killed, run_child, spawn
+from openamp_py.platforms.doorbell import Doorbell
+from openamp_py.platforms.shm import KICK
+from openamp_py.remoteproc.elf import Firmware
+from openamp_py.virtio import Handshake
+
+URL = "{url}"
+"""Stands in a command for the link's URL."""
+
+ECHO_COMMAND = (sys.executable, "-m", "openamp_py", "serve", "echo", "--core", URL)
+"""The echo remote as a process."""
+
+
+class ProcessPlatform:
+    """Memory and processes for remotes that open a `shm:` URL.
+
+    Memory and doorbell are inherited descriptors, so there is no file and no path.
+
+    Args:
+        command: the program to run; an argument "{url}" is replaced by the link's URL.
+    """
+
+    name = "process"
+    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+
+    def __init__(self, command: Sequence[str] = ECHO_COMMAND) -> None:
+        self._command = tuple(command)
+        self._shared = SharedMemory.create("openamp-process", demo.MEMORY_SIZE)
+        self.memory = MemoryMap([self._shared.region("shm", 0)])
+
+    def check(self, firmware: Firmware) -> None:
+        """Raises ImageError for an image with machine code."""
+        demo.check_python(self.name, firmware)
+
+    def create_core(self, firmware: Firmware) -> ProcessCore:
+        """A process that will join the loaded table's devices."""
+        return ProcessCore(self.memory, self._shared.fd, self._command)
+
+    def close(self) -> None:
+        """Gives the memory back. Idempotent."""
+        self._shared.close()
+
+
+class ProcessCore:
+    """One run of the program, seen from the host."""
+
+    name = "process core"
+    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+    table_da = demo.TABLE_DA
+    handshake = Handshake.OPENAMP
+
+    def __init__(self, memory: MemoryMap, fd: int, command: Sequence[str]) -> None:
+        self.memory = memory
+        self.pid: int | None = None
+        self._fd = fd
+        self._command = command
+        self._doorbell: Doorbell | None = None
+
+    def kick(self, notify_id: int) -> None:
+        """Wakes the program."""
+        if self._doorbell is not None:
+            self._doorbell.kick(notify_id)
+
+    async def run(
+        self,
+        notified: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Starts the program and listens to it until it ends. See `Link.run`."""
+        ours, theirs = socket.socketpair()
+        self._doorbell = Doorbell(ours, constant=KICK)
+        with contextlib.closing(self._doorbell):
+            with contextlib.closing(theirs):
+                url = f"shm:fd:{self._fd}?doorbell=fd:{theirs.fileno()}"
+                process = spawn(
+                    [url if argument == URL else argument for argument in self._command],
+                    pass_fds=(self._fd, theirs.fileno()),
+                )
+            self.pid = process.pid
+            await run_child(process, self._doorbell, notified, task_status)
+        if process.returncode < 0:
+            raise killed("the core's process", process.returncode)
+        if process.returncode:
+            raise CoreDiedError(
+                f"the core's process ended with exit code {process.returncode}",
+                exit_code=process.returncode,
+            )

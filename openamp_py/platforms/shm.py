@@ -1,0 +1,215 @@
+"""The link of OpenAMP's Linux demo platform: a shared-memory file and a Unix stream socket.
+
+To the byte what the C programs speak (machine "generic" of the OpenAMP library), as
+either end of the socket and in either role. Nothing is booted: the peer is a program
+that runs already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import parse_qsl
+
+import trio
+
+from openamp_py.errors import PeerGoneError, PlatformError
+from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.platforms import demo
+from openamp_py.platforms.doorbell import Doorbell
+from openamp_py.remoteproc.resource_table import encode_table
+from openamp_py.virtio import Handshake
+
+KICK: Final = 1
+"""The byte of every kick; the demo platform sends no ids."""
+
+# How often a connector looks whether its peer is there yet (seconds): doubling, from, to.
+_CONNECT_EVERY = (0.005, 0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class ShmAddress:
+    """Where a link's shared memory and doorbell are: paths, or inherited descriptors.
+
+    Written ``shm:MEMORY?doorbell=DOORBELL[&listen=1]``, where MEMORY is a path or ``fd:N``
+    and DOORBELL is ``unix:PATH`` or ``fd:N``.
+
+    Args:
+        memory: the shared-memory file.
+        doorbell: the socket.
+        listen: create the socket and the table, and wait for the peer to connect.
+    """
+
+    memory: str | int
+    doorbell: str | int
+    listen: bool = False
+
+    @classmethod
+    def parse(cls, url: str) -> ShmAddress:
+        """Reads a URL.
+
+        Raises:
+            ValueError: it is not one of this form; says what it lacks.
+        """
+        form = "shm:PATH?doorbell=unix:PATH[&listen=1]"
+        scheme, _, rest = url.partition(":")
+        memory, _, query = rest.partition("?")
+        try:
+            options = dict(parse_qsl(query, strict_parsing=True)) if query else {}
+        except ValueError:
+            raise ValueError(f"{url!r}: the part after '?' is not key=value; want {form}") from None
+        doorbell = options.pop("doorbell", "")
+        listen = options.pop("listen", "0")
+        if scheme != "shm" or not memory:
+            raise ValueError(f"{url!r} is not a link; want {form}")
+        if options:
+            raise ValueError(f"{url!r}: unknown option {next(iter(options))!r}; want {form}")
+        if listen not in ("0", "1"):
+            raise ValueError(f"{url!r}: listen={listen}; 0 or 1 are possible")
+        kind, _, where = doorbell.partition(":")
+        if not where or kind not in ("unix", "fd"):
+            raise ValueError(f"{url!r}: doorbell {doorbell!r}; want unix:PATH or fd:N")
+        address = cls(
+            memory=_descriptor(url, memory[3:]) if memory.startswith("fd:") else memory,
+            doorbell=_descriptor(url, where) if kind == "fd" else where,
+            listen=listen == "1",
+        )
+        if address.listen and not isinstance(address.doorbell, str):
+            raise ValueError(f"{url!r}: an inherited doorbell cannot listen")
+        return address
+
+
+def _descriptor(url: str, text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"{url!r}: {text!r} is not the number of a descriptor")
+    return int(text)
+
+
+class ShmLink:
+    """One end of such a link. Closed by whoever made it, after the devices on it.
+
+    Args:
+        address: where it is.
+    """
+
+    name = "shm link"
+    table_da = demo.TABLE_DA
+    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+    handshake = Handshake.OPENAMP
+    memory: MemoryMap
+
+    def __init__(self, address: ShmAddress) -> None:
+        self._address = address
+        self._stack = contextlib.ExitStack()
+        self._doorbell: Doorbell | None = None
+
+    def kick(self, notify_id: int) -> None:
+        """Wakes the peer."""
+        if self._doorbell is not None:
+            self._doorbell.kick(notify_id)
+
+    async def run(
+        self,
+        notified: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Listens or connects, and then hears kicks until the peer closes. See `Link.run`.
+
+        Raises:
+            PlatformError: the file or the socket cannot be used.
+            PeerGoneError: the peer left; on this link nobody says goodbye otherwise.
+        """
+        address = self._address
+        if address.listen:
+            self._map(os.O_RDWR | os.O_CREAT)
+            table = encode_table(demo.TABLE)
+            target = self.memory.find_da(demo.TABLE_DA, len(table))
+            assert target is not None, "the layout has room for its table"
+            target[:] = table
+            sock = await self._accept(str(address.doorbell))
+        else:
+            if isinstance(address.doorbell, int):
+                sock = socket.socket(fileno=address.doorbell)
+            else:
+                sock = await _connect(address.doorbell)
+            # The peer writes its table before it listens, so from here on it is there.
+            self._map(os.O_RDWR)
+        self._doorbell = Doorbell(sock, constant=KICK)
+        with contextlib.closing(self._doorbell):
+            task_status.started()
+            await self._doorbell.run(notified)
+        raise PeerGoneError(f"{self.name}: the other side closed its end of the doorbell")
+
+    def close(self) -> None:
+        """Unmaps the memory, and removes the socket if it was made here. Idempotent."""
+        self._stack.close()
+
+    def _map(self, flags: int) -> None:
+        where = self._address.memory
+        try:
+            fd = where if isinstance(where, int) else os.open(where, flags | os.O_CLOEXEC, 0o600)
+            if flags & os.O_CREAT:
+                os.ftruncate(fd, demo.MEMORY_SIZE)
+            size = os.fstat(fd).st_size
+            if size < demo.MEMORY_SIZE:
+                os.close(fd)
+                raise PlatformError(
+                    f"shared memory {where}: {size} bytes; the layout needs {demo.MEMORY_SIZE}"
+                )
+            shared = SharedMemory(fd, demo.MEMORY_SIZE)
+        except OSError as error:
+            raise PlatformError(f"shared memory {where}: {error.strerror}") from error
+        self._stack.callback(shared.close)
+        self.memory = MemoryMap([shared.region("shm", 0)])
+
+    async def _accept(self, path: str) -> socket.socket:
+        """Makes the socket, waits for one peer, and hears no other."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.setblocking(False)
+            try:
+                if os.path.lexists(path):
+                    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                        raise PlatformError(f"doorbell {path}: it exists and is not a socket")
+                    os.unlink(path)
+                listener.bind(path)
+                listener.listen(1)
+            except OSError as error:
+                raise PlatformError(f"doorbell {path}: {error.strerror}") from error
+            self._stack.callback(_unlink, path)
+            while True:
+                await trio.lowlevel.wait_readable(listener)
+                with contextlib.suppress(BlockingIOError):
+                    return listener.accept()[0]
+
+
+async def _connect(path: str) -> socket.socket:
+    """Connects as soon as the peer listens."""
+    pause, longest = _CONNECT_EVERY
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            sock.connect(path)
+            await trio.lowlevel.checkpoint()
+            return sock
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+            sock.close()
+        except OSError as error:
+            sock.close()
+            raise PlatformError(f"doorbell {path}: {error.strerror}") from error
+        except BaseException:
+            sock.close()
+            raise
+        await trio.sleep(pause)
+        pause = min(2 * pause, longest)
+
+
+def _unlink(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

@@ -1,0 +1,50 @@
+"""Handing out endpoint addresses."""
+
+from __future__ import annotations
+
+import heapq
+
+from openamp_py.constants import ADDRESS_ANY, FIRST_DYNAMIC_ADDRESS, NAME_SERVICE_ADDRESS
+
+
+class AddressSpace:
+    """Which local addresses are in use: the lowest free one from 1024 on, or a chosen one."""
+
+    def __init__(self) -> None:
+        self._used: set[int] = set()
+        self._next = FIRST_DYNAMIC_ADDRESS
+        self._returned: list[int] = []
+
+    def take(self, address: int = ADDRESS_ANY) -> int:
+        """Takes `address`, or with ADDRESS_ANY a free one.
+
+        Raises:
+            ValueError: the address is in use, or is one nobody can have.
+        """
+        if address == ADDRESS_ANY:
+            address = self._lowest_free()
+        elif not 0 <= address < ADDRESS_ANY or address == NAME_SERVICE_ADDRESS:
+            raise ValueError(
+                f"address {address:#x} is not possible: it must be a u32, neither "
+                f"{ADDRESS_ANY:#x} (any) nor {NAME_SERVICE_ADDRESS} (the name service)"
+            )
+        elif address in self._used:
+            raise ValueError(f"address {address:#x} is in use on this bus")
+        self._used.add(address)
+        return address
+
+    def give_back(self, address: int) -> None:
+        """Frees an address that `take` returned."""
+        self._used.remove(address)
+        if FIRST_DYNAMIC_ADDRESS <= address < self._next:
+            heapq.heappush(self._returned, address)
+
+    def _lowest_free(self) -> int:
+        while self._returned:
+            address = heapq.heappop(self._returned)
+            if address not in self._used:
+                return address
+        while self._next in self._used:
+            self._next += 1
+        self._next += 1
+        return self._next - 1

@@ -1,0 +1,142 @@
+"""A remote and the RPMsg bus to it, in one `async with`: what most host programs want."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import trio
+
+from openamp_py.echo import serve_echo
+from openamp_py.errors import CoreDiedError
+from openamp_py.platforms import (
+    LoopbackPlatform,
+    NativePlatform,
+    ProcessPlatform,
+    ShmAddress,
+    ShmLink,
+)
+from openamp_py.platforms.demo import python_firmware
+from openamp_py.platforms.native import shipped_echo
+from openamp_py.remoteproc import Platform, RemoteProcessor, open_processor, open_resources
+from openamp_py.remoteproc.processor import Image
+from openamp_py.rpmsg import Bus, Endpoint, open_bus
+from openamp_py.rpmsg.wire import SHUTDOWN_REQUEST
+from openamp_py.virtio import Role
+
+CORES = ("native", "loopback", "process")
+"""Names of the cores that a session can boot; anything else is a link's URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """How a remote went down."""
+
+    graceful: bool
+    """It acknowledged SHUTDOWN_MSG or withdrew its service, and left by itself."""
+    reason: str | None = None
+    """Why not gracefully."""
+
+    def __str__(self) -> str:
+        return "graceful" if self.graceful else "hard"
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A remote and the bus to it. Made by `open_session`, which ends it.
+
+    Args:
+        bus: the RPMsg bus, this side being the host.
+        processor: the remote, where it was booted here; None for a peer that ran already.
+    """
+
+    bus: Bus
+    processor: RemoteProcessor | None
+
+    async def shutdown(self, endpoint: Endpoint, *, grace: float) -> Shutdown:
+        """Asks the remote to leave, waits for it, and shuts the processor down.
+
+        Sends SHUTDOWN_MSG and discards what is still to be received, until the remote has
+        acknowledged, withdrawn its service and ended. A remote that does not manage that within
+        `grace` seconds, or dies on the way, is shut down hard.
+
+        Cancellation: the processor is shut down hard.
+        """
+        reason: str | None = f"the remote did not leave within {grace} s"
+        try:
+            with trio.move_on_after(grace):
+                reason = await self._ask_to_leave(endpoint)
+        finally:
+            if self.processor is not None:
+                with trio.CancelScope(shield=True):
+                    await self.processor.shutdown()
+        return Shutdown(reason is None, reason)
+
+    async def _ask_to_leave(self, endpoint: Endpoint) -> str | None:
+        """Returns why it was not graceful, or None."""
+        acknowledged = False
+        try:
+            await endpoint.send(SHUTDOWN_REQUEST)
+            async for message in endpoint:
+                acknowledged = acknowledged or message.payload == SHUTDOWN_REQUEST
+            acknowledged = True  # the service was withdrawn: OpenAMP's only answer
+            if self.processor is not None:
+                await self.processor.wait_exit()
+        except CoreDiedError as error:
+            return str(error)
+        except trio.BrokenResourceError as error:
+            if isinstance(error.__cause__, CoreDiedError) or not acknowledged:
+                return str(error.__cause__)
+        return None
+
+
+@asynccontextmanager
+async def open_session(
+    core: str | Platform = "native", image: Image | None = None
+) -> AsyncIterator[Session]:
+    """Boots a remote and opens the bus to it, for an `async with` block; ends both after it.
+
+    Args:
+        core: "native", "process" or "loopback" (the last two play the echo service in
+            Python), a platform, or the URL of a peer that runs already
+            (``shm:PATH?doorbell=unix:PATH[&listen=1]``).
+        image: firmware to boot; by default what the core ships: the echo service.
+
+    Raises:
+        ValueError: the core's name, or the URL.
+        FirmwareError: the image cannot be used.
+        PlatformError: the core cannot be started, or the link cannot be made.
+        StateError: the firmware has no RPMsg device.
+    """
+    if isinstance(core, str) and core not in CORES:
+        address = _parse_address(core)
+        if image is not None:
+            raise ValueError(f"core {core} runs already: it takes no firmware")
+        with contextlib.closing(ShmLink(address)) as link:
+            async with (
+                open_resources(link, Role.DRIVER) as resources,
+                open_bus(resources.rpmsg_device()) as bus,
+            ):
+                yield Session(bus, None)
+        return
+    platform = _create_platform(core) if isinstance(core, str) else core
+    if image is None:
+        image = shipped_echo() if isinstance(platform, NativePlatform) else python_firmware()
+    async with open_processor(platform) as processor:
+        await processor.boot(image)
+        async with open_bus(processor.rpmsg_device()) as bus:
+            yield Session(bus, processor)
+
+
+def _parse_address(core: str) -> ShmAddress:
+    if ":" not in core:
+        raise ValueError(f"unknown core {core!r}; there are {', '.join(CORES)}, and shm: URLs")
+    return ShmAddress.parse(core)
+
+
+def _create_platform(core: str) -> Platform:
+    if core == "native":
+        return NativePlatform()
+    return ProcessPlatform() if core == "process" else LoopbackPlatform(serve_echo)

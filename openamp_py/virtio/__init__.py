@@ -1,0 +1,22 @@
+"""Virtio: virtqueues from both ends and the device that carries them. Knows no trio."""
+
+from __future__ import annotations
+
+from openamp_py.virtio.device import Handshake, VirtioDevice, Vring
+from openamp_py.virtio.message_ring import MessageRing, Received
+from openamp_py.virtio.shared import SharedU8, SharedU32
+from openamp_py.virtio.virtqueue import Chain, Role, Span, Virtqueue
+
+__all__ = [
+    "Chain",
+    "Handshake",
+    "MessageRing",
+    "Received",
+    "Role",
+    "SharedU8",
+    "SharedU32",
+    "Span",
+    "VirtioDevice",
+    "Virtqueue",
+    "Vring",
+]

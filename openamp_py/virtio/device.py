@@ -1,0 +1,235 @@
+"""A virtio device as one side sees it: status, features, vrings, and who to notify."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from openamp_py.constants import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
+from openamp_py.errors import OpenAMPError
+from openamp_py.memory import MemoryMap
+from openamp_py.virtio.shared import SharedU8, SharedU32
+from openamp_py.virtio.virtqueue import Role, Virtqueue
+from openamp_py.vring import VringLayout
+
+ACKNOWLEDGE = 1
+DRIVER = 2
+DRIVER_OK = 4
+FEATURES_OK = 8
+NEEDS_RESET = 0x40
+FAILED = 0x80
+"""Bits of the device status (virtio 1.2, section 2.1)."""
+
+TRANSPORT_FEATURES = VIRTIO_RING_F_INDIRECT_DESC | VIRTIO_RING_F_EVENT_IDX
+"""What the virtqueues here can do; a device adds the features of its own kind."""
+
+
+class Handshake(enum.Enum):
+    """How a driver walks the status word up to DRIVER_OK."""
+
+    FULL = "full"
+    """ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK: each bit added in turn."""
+    OPENAMP = "openamp"
+    """DRIVER_OK alone, as the OpenAMP C library writes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vring:
+    """One vring of a device: its device address, its shape and the id it is kicked by."""
+
+    da: int
+    layout: VringLayout
+    notify_id: int
+
+
+class BufferMemory(Protocol):
+    """Gives a driver memory for its buffers."""
+
+    def __call__(self, size: int) -> tuple[int, memoryview]:
+        """Physical address and bytes of `size` bytes, the same at each call.
+
+        Raises:
+            ResourceTableError: there is no room for so much.
+        """
+        ...
+
+
+class VirtioDevice:
+    """One side's view of a virtio device whose status and features lie in shared memory.
+
+    Made and closed by the remoteproc layer, one life long: a new start makes a new
+    object. Whoever drives it (the RPMsg bus) sets `on_notify` and `on_failure`. One task at
+    a time.
+
+    Args:
+        role: this side's end.
+        device_id: what kind of device it is (7: RPMsg).
+        index: its position among the devices of its processor.
+        offered: the features the device side offers.
+        status: the status byte.
+        accepted: the word that holds the features the driver accepted.
+        vrings: its vrings.
+        notify_id: what a change of status or features is kicked by.
+        config: its configuration space.
+        memory: where its vrings and buffers lie.
+        kick: called with a notify id to wake the other side; never blocks.
+        buffers: a driver's source of buffer memory.
+        handshake: how a driver here walks the status word.
+    """
+
+    def __init__(
+        self,
+        *,
+        role: Role,
+        device_id: int,
+        index: int,
+        offered: int,
+        status: SharedU8,
+        accepted: SharedU32,
+        vrings: Sequence[Vring],
+        notify_id: int,
+        config: memoryview,
+        memory: MemoryMap,
+        kick: Callable[[int], None],
+        buffers: BufferMemory,
+        handshake: Handshake = Handshake.FULL,
+    ) -> None:
+        self.role = role
+        self.device_id = device_id
+        self.index = index
+        self.offered = offered
+        self.vrings = tuple(vrings)
+        self.notify_id = notify_id
+        self.config = config
+        self.memory = memory
+        self.buffers = buffers
+        self.handshake = handshake
+        self.on_notify: Callable[[], None] | None = None
+        self.on_failure: Callable[[OpenAMPError], None] | None = None
+        self.failure: OpenAMPError | None = None
+        self._status = status
+        self._accepted = accepted
+        self._kick = kick
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """Name of the device in messages, as Linux numbers them."""
+        return f"vdev{self.index}"
+
+    @property
+    def status(self) -> int:
+        """The status byte as it stands in memory."""
+        return 0 if self._closed else self._status.load()
+
+    @property
+    def features(self) -> int:
+        """The features in use: offered by the device and accepted by the driver."""
+        return self.offered & self._accepted.load()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the driver has said DRIVER_OK and nobody wants a reset."""
+        return self.status & (DRIVER_OK | NEEDS_RESET | FAILED) == DRIVER_OK
+
+    def begin(self, supported: int) -> int:
+        """Driver: resets the device and accepts what both sides can do.
+
+        Args:
+            supported: features of this kind of device that the caller implements.
+
+        Returns:
+            The features in use.
+        """
+        self._check_role(Role.DRIVER)
+        features = self.offered & (supported | TRANSPORT_FEATURES)
+        self._status.store(0)
+        if self.handshake is Handshake.FULL:
+            self._status.store(ACKNOWLEDGE)
+            self._status.store(ACKNOWLEDGE | DRIVER)
+        self._accepted.store(features)
+        if self.handshake is Handshake.FULL:
+            self._status.store(ACKNOWLEDGE | DRIVER | FEATURES_OK)
+        self._kick(self.notify_id)
+        return features
+
+    def set_driver_ok(self) -> None:
+        """Driver: the queues are ready, the device may begin."""
+        self._check_role(Role.DRIVER)
+        self._status.store(self._status.load() | DRIVER_OK)
+        self._kick(self.notify_id)
+
+    def poll_driver(self) -> bool:
+        """Device: whether the driver has come up. Grants a reset where one is asked for."""
+        self._check_role(Role.DEVICE)
+        if self.status & NEEDS_RESET:
+            self._status.store(0)
+        return self.is_up
+
+    def end(self) -> None:
+        """Driver: leaves the device, so that the other side stops using the queues.
+
+        With the OpenAMP handshake nothing is written: its library leaves the status as it is,
+        and its programs take a status of 0 for "no buffer" and wait for one.
+        """
+        self._check_role(Role.DRIVER)
+        if not self._closed and self.handshake is Handshake.FULL:
+            self._status.store(0)
+            self._kick(self.notify_id)
+
+    def open_queue(self, index: int) -> Virtqueue:
+        """The virtqueue of one vring, not started; closed by the caller.
+
+        Raises:
+            ValueError: there is no such vring, or its memory is not usable.
+        """
+        if not 0 <= index < len(self.vrings):
+            raise ValueError(f"{self.name} has {len(self.vrings)} vrings, no vring {index}")
+        vring = self.vrings[index]
+        ring = self.memory.find_da(vring.da, vring.layout.size)
+        name = f"{self.name} vring {index}"
+        if ring is None:
+            raise ValueError(
+                f"{name}: {vring.layout.size} bytes at {vring.da:#x} are not in memory: "
+                f"{self.memory}"
+            )
+        features = self.features
+        return Virtqueue(
+            vring.layout,
+            ring,
+            self.memory,
+            self.role,
+            event_idx=bool(features & VIRTIO_RING_F_EVENT_IDX),
+            indirect=bool(features & VIRTIO_RING_F_INDIRECT_DESC),
+            name=name,
+        )
+
+    def kick(self, index: int) -> None:
+        """Wakes the other side for a vring."""
+        if not self._closed:
+            self._kick(self.vrings[index].notify_id)
+
+    def notified(self) -> None:
+        """A notification came in that may be for this device."""
+        if self.on_notify is not None and not self._closed:
+            self.on_notify()
+
+    def fail(self, cause: OpenAMPError) -> None:
+        """The other side is gone: whoever drives the device is told, once."""
+        if self.failure is None and not self._closed:
+            self.failure = cause
+            if self.on_failure is not None:
+                self.on_failure(cause)
+
+    def close(self) -> None:
+        """Lets go of the shared memory. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self._status.close()
+            self._accepted.close()
+
+    def _check_role(self, role: Role) -> None:
+        if self.role is not role:
+            raise ValueError(f"{self.name}: only the {role.value} does this")

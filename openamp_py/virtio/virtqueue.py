@@ -1,0 +1,242 @@
+"""A virtqueue worked from either end, over the C fast path."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from openamp_py.errors import VirtqueueError
+from openamp_py.memory import MemoryMap
+from openamp_py.virtio._ring import ffi, lib
+from openamp_py.vring import VringLayout
+
+
+class Role(enum.Enum):
+    """Which end of a virtio device this side is."""
+
+    DRIVER = "driver"
+    """The remoteproc host: owns the buffers."""
+    DEVICE = "device"
+    """The remote."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One contiguous piece of a chain: where it is, and its bytes."""
+
+    pa: int
+    view: memoryview
+    writable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A buffer the driver made available: readable spans, then writable ones."""
+
+    head: int
+    spans: tuple[Span, ...]
+
+
+# By VQ_FAULT_* of virtqueue.h; {0} is the value found, {1} the limit.
+_FAULTS = {
+    1: "its index jumped by {0} entries, at most {1} were possible",
+    2: "it named descriptor {0} as the head of a chain; there are {1}",
+    3: "it named descriptor {0}, which is not in the state for that",
+    4: "a descriptor's next is {0}; its table has {1} entries",
+    5: "a chain has {0} descriptors or more, at most {1} are allowed: a loop?",
+    6: "a descriptor points at {0:#x} for {1} bytes, which is not in shared memory",
+    7: "a descriptor points to an indirect table of {0} bytes; "
+    "it must be allowed, alone, aligned to 8, and a multiple of 16 up to {1}",
+    8: "descriptor {0} of a chain is readable after a writable one",
+}
+
+
+class Virtqueue:
+    """One end of a split virtqueue in shared memory.
+
+    Made by a VirtioDevice, or by hand for tests and tools. Starts unusable: call `start`
+    or `attach`. One task at a time; every method raises VirtqueueError once the
+    other side has written an impossible value.
+
+    Args:
+        layout: the vring's shape.
+        ring: the vring's bytes, at least ``layout.size``, aligned to ``layout.align``.
+        memory: where the buffers may lie (their physical addresses are checked against it).
+        role: this side's end.
+        event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
+        indirect: VIRTIO_RING_F_INDIRECT_DESC was negotiated; the device end follows them.
+
+    Raises:
+        ValueError: the ring's memory is too small or badly aligned.
+    """
+
+    def __init__(
+        self,
+        layout: VringLayout,
+        ring: memoryview,
+        memory: MemoryMap,
+        role: Role,
+        *,
+        event_idx: bool = False,
+        indirect: bool = False,
+        name: str = "virtqueue",
+    ) -> None:
+        if ring.nbytes < layout.size:
+            raise ValueError(f"{name}: {ring.nbytes} bytes for a vring of {layout.size}")
+        self.layout = layout
+        self.role = role
+        self.name = name
+        self._ring = ffi.from_buffer("uint8_t[]", ring, True)
+        address = int(ffi.cast("uintptr_t", self._ring))
+        alignment = min(layout.align, 4096)  # a mapping is not aligned to more than a page
+        if address % alignment:
+            ffi.release(self._ring)
+            raise ValueError(f"{name}: the vring's memory is not aligned to {alignment} bytes")
+        self._bases = [ffi.from_buffer("uint8_t[]", r.view, True) for r in memory.regions]
+        self._regions = ffi.new("struct vq_region[]", len(memory.regions))
+        for i, region in enumerate(memory.regions):
+            self._regions[i] = (region.pa, region.size, self._bases[i])
+        self._slots = ffi.new("struct vq_slot[]", layout.num)
+        self._spans = ffi.new("struct vq_span[]", layout.num)
+        self._number = ffi.new("uint32_t *")
+        self._q = ffi.new("struct vq *")
+        self._q.ring = self._ring
+        self._q.slots = self._slots
+        self._q.regions = self._regions
+        self._q.region_count = len(memory.regions)
+        self._q.used_offset = layout.used_offset
+        self._q.num = layout.num
+        self._q.driver = role is Role.DRIVER
+        self._q.event_idx = event_idx
+        self._q.indirect = indirect
+        self._closed = False
+
+    @property
+    def handle(self) -> Any:
+        """The C structure, for the other wrappers on this floor."""
+        self._check_open()
+        return self._q
+
+    @property
+    def available_index(self) -> int:
+        """The driver's index as it stands in memory."""
+        return int(lib.vq_available_index(self.handle))
+
+    @property
+    def used_index(self) -> int:
+        """The device's index as it stands in memory."""
+        return int(lib.vq_used_index(self.handle))
+
+    def start(self) -> None:
+        """Begins from zero; the driver clears the ring's memory."""
+        lib.vq_start(self.handle)
+
+    def attach(self, seen: int | None = None) -> None:
+        """Continues with the indexes found in memory, where a peer is already running.
+
+        Args:
+            seen: index in the other side's ring of the first entry not dealt with yet.
+                By default the used index: a device then takes all chains that were not put
+                back, a driver has looked at everything that was.
+
+        Raises:
+            VirtqueueError: the indexes contradict each other.
+        """
+        start = self.used_index if seen is None else seen
+        self.result(lib.vq_attach(self.handle, start))
+
+    def add(
+        self,
+        readable: Sequence[tuple[int, int]] = (),
+        writable: Sequence[tuple[int, int]] = (),
+    ) -> int | None:
+        """Driver: adds a chain of (physical address, length) spans; seen after `publish`.
+
+        Returns:
+            The head, or None when too few descriptors are free.
+        """
+        self._check_role(Role.DRIVER)
+        spans = [*readable, *writable]
+        if not 1 <= len(spans) <= self.layout.num:
+            raise ValueError(f"a chain of {len(spans)} spans; 1 to {self.layout.num} are possible")
+        chain = ffi.new("struct vq_span[]", [(pa, ffi.NULL, length, 0) for pa, length in spans])
+        head = self.result(lib.vq_add(self.handle, chain, len(readable), len(writable)))
+        return None if head < 0 else head
+
+    def get_used(self) -> tuple[int, int] | None:
+        """Driver: takes back one chain as (head, bytes the device says it wrote), or None."""
+        self._check_role(Role.DRIVER)
+        head = self.result(lib.vq_get_used(self.handle, self._number))
+        return None if head < 0 else (head, int(self._number[0]))
+
+    def get_available(self) -> Chain | None:
+        """Device: takes one chain, or None. Its views die with the shared memory."""
+        self._check_role(Role.DEVICE)
+        number = self._number
+        head = self.result(lib.vq_get_available(self.handle, self._spans, self.layout.num, number))
+        if head < 0:
+            return None
+        spans = (self._spans[i] for i in range(number[0]))
+        return Chain(
+            head,
+            tuple(
+                Span(s.pa, memoryview(ffi.buffer(s.base, s.length)), bool(s.writable))
+                for s in spans
+            ),
+        )
+
+    def put_used(self, head: int, length: int) -> None:
+        """Device: gives a chain back with the number of bytes written; seen after `publish`.
+
+        Raises:
+            ValueError: no chain with this head is out.
+        """
+        self._check_role(Role.DEVICE)
+        if not 0 <= head < self.layout.num or self.result(
+            lib.vq_put_used(self.handle, head, length)
+        ):
+            raise ValueError(f"{self.name}: no chain with head {head} was taken")
+
+    def publish(self) -> bool:
+        """Makes what was added or put visible. Returns whether the other side wants a kick."""
+        return bool(lib.vq_publish(self.handle))
+
+    @property
+    def pending(self) -> bool:
+        """Whether the other side's ring holds an entry not yet taken."""
+        return bool(lib.vq_pending(self.handle))
+
+    def notify_off(self) -> None:
+        """Asks the other side not to kick."""
+        lib.vq_notify_off(self.handle)
+
+    def notify_on(self) -> bool:
+        """Asks for kicks. Returns whether something came in meanwhile, which brings none."""
+        return bool(lib.vq_notify_on(self.handle))
+
+    def result(self, value: int) -> int:
+        """Passes a C result through; raises for a broken queue."""
+        if value == lib.VQ_BROKEN:
+            q = self._q
+            raise VirtqueueError(
+                f"{self.name} is broken: the other side is at fault: "
+                + _FAULTS[q.fault].format(q.fault_value, q.fault_limit)
+            )
+        return value
+
+    def close(self) -> None:
+        """Lets go of the shared memory. Idempotent; nothing else may be called after it."""
+        if not self._closed:
+            self._closed = True
+            for base in (self._ring, *self._bases):
+                ffi.release(base)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError(f"{self.name} is closed")
+
+    def _check_role(self, role: Role) -> None:
+        if self.role is not role:
+            raise ValueError(f"{self.name}: only the {role.value} end does this")
