@@ -47,12 +47,20 @@ class BuildCompiled(build_ext):
     def build_extension(self, ext) -> None:  # type: ignore[no-untyped-def]
         wrapper = Path(self.build_temp) / "_ring_wrapper.c"
         generate(wrapper)
-        ext.sources = [str(wrapper), *(str(CSRC / f"{concern}.c") for concern in CONCERNS)]
+        sources = [f"csrc/{concern}.c" for concern in CONCERNS]
+        ext.sources = [str(wrapper), *sources]
         ext.include_dirs = [str(CSRC)]
         ext.depends = [str(CSRC / f"{concern}.h") for concern in CONCERNS]
         ext.extra_compile_args = [*COMPILE_FLAGS, *WRAPPER_FLAGS]
         super().build_extension(ext)
-        package = Path(self.get_ext_fullpath(EXTENSION)).parent.parent
+        # What is generated is not a source: setuptools lists these in the sdist.
+        ext.sources = sources
+
+    def run(self) -> None:
+        super().run()
+        in_place = self.inplace or self.editable_mode
+        root = self.get_finalized_command("build_py").get_package_dir("openamp_py")
+        package = Path(root) if in_place else Path(self.build_lib) / "openamp_py"
         subprocess.run(
             [sys.executable, str(CSRC / "firmware" / "build.py"), str(package / "firmware")],
             check=True,
