@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent
 CONCERNS = ("shared", "virtqueue", "message_ring")
+PACKAGED = Path("openamp_py", "firmware")
 EXTENSION = "openamp_py.virtio._ring"
 COMPILE_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wshadow")
 # cffi's generated wrapper is not ours to keep free of these.
@@ -59,9 +60,8 @@ class BuildCompiled(build_ext):
     def run(self) -> None:
         super().run()
         in_place = self.inplace or self.editable_mode
-        root = self.get_finalized_command("build_py").get_package_dir("openamp_py")
-        package = Path(root) if in_place else Path(self.build_lib) / "openamp_py"
+        root = CSRC.parent if in_place else Path(self.build_lib)
         subprocess.run(
-            [sys.executable, str(CSRC / "firmware" / "build.py"), str(package / "firmware")],
+            [sys.executable, str(CSRC / "firmware" / "build.py"), str(root / PACKAGED)],
             check=True,
         )

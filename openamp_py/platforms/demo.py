@@ -40,6 +40,7 @@ TABLE: Final[ResourceTable] = place_entries(
 
 def python_firmware(table: ResourceTable = TABLE) -> Firmware:
     """An image for a remote written in Python: a resource table and no code."""
+    table = place_entries(table.entries)
     data = encode_table(table)
     segment = Segment(da=TABLE_DA, data=data, memory_size=len(data), flags=0)
     return Firmware(segments=(segment,), table=table, table_da=TABLE_DA)

@@ -144,9 +144,10 @@ class Endpoint:
             if self._reader is not None:
                 raise trio.BusyResourceError(f"{self!r}: another task receives here already")
             await self._wait_message()
-        else:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        return self._take()
+            return self._take()
+        message = self._take()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return message
 
     def receive_nowait(self) -> Message:
         """The next message if it is there; otherwise raises trio.WouldBlock, or as `receive`."""
@@ -264,10 +265,10 @@ class Endpoint:
             self._bus.drain()
         if self._queue:
             return True
-        if self._bus.failure is not None:
-            raise self._bus.broken(repr(self))
         if self._withdrawn:
             raise trio.EndOfChannel(f"{self!r}: the other side withdrew the channel")
+        if self._bus.failure is not None:
+            raise self._bus.broken(repr(self))
         return False
 
     def _take(self) -> Message:

@@ -1,0 +1,112 @@
+"""Fixtures for all tests: leaks are failures; two buses on one link; the cores to test on."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import trio
+
+from openamp_py import (
+    Bus,
+    Link,
+    LoopbackPlatform,
+    ResourceTable,
+    VirtioDevice,
+    open_bus,
+    open_processor,
+    open_resources,
+)
+from openamp_py.platforms.demo import TABLE, python_firmware
+
+CORES = ("loopback", "process", "native")
+
+
+def _descriptors() -> set[str]:
+    """What this process has open that a platform may have opened."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the listing's own descriptor
+        if target.startswith(("/memfd:openamp", "socket:", "pipe:", "anon_inode:[pidfd]")):
+            found.add(f"{name} -> {target}")
+    return found
+
+
+def _mappings() -> int:
+    """How many mappings of shared memory there are."""
+    return Path("/proc/self/maps").read_text().count("/memfd:openamp")
+
+
+def _children() -> str:
+    tasks = Path("/proc/self/task").iterdir()
+    return " ".join((task / "children").read_text() for task in tasks).strip()
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fails the test that leaves a descriptor, a mapping or a child process behind."""
+    gc.collect()
+    before = _descriptors(), _mappings(), _children()
+    yield
+    gc.collect()
+    assert (_descriptors(), _mappings(), _children()) == before
+
+
+class Pair(NamedTuple):
+    """Both ends of one link."""
+
+    host: Bus
+    remote: Bus
+    host_device: VirtioDevice
+    remote_device: VirtioDevice
+
+
+OpenPair = Callable[..., AbstractAsyncContextManager[Pair]]
+
+
+@pytest.fixture
+def open_pair() -> OpenPair:
+    """Opens a host bus and a remote bus on one link in this process."""
+
+    @asynccontextmanager
+    async def open_(
+        table: ResourceTable = TABLE, *, to_remote: int = 512, to_host: int = 512
+    ) -> AsyncIterator[Pair]:
+        send, receive = trio.open_memory_channel[tuple[Bus, VirtioDevice]](1)
+
+        async def application(link: Link) -> None:
+            async with (
+                open_resources(link) as resources,
+                open_bus(
+                    resources.rpmsg_device(),
+                    send_buffer_size=to_host,
+                    receive_buffer_size=to_remote,
+                ) as bus,
+            ):
+                await send.send((bus, resources.rpmsg_device()))
+                await trio.sleep_forever()
+
+        async with open_processor(LoopbackPlatform(application)) as processor:
+            await processor.boot(python_firmware(table))
+            device = processor.rpmsg_device()
+            async with open_bus(
+                device, send_buffer_size=to_remote, receive_buffer_size=to_host
+            ) as bus:
+                remote, remote_device = await receive.receive()
+                yield Pair(bus, remote, device, remote_device)
+
+    return open_
+
+
+@pytest.fixture(params=CORES)
+def core(request: pytest.FixtureRequest) -> str:
+    """Every core that a session can boot."""
+    return str(request.param)

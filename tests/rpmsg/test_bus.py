@@ -1,0 +1,618 @@
+"""Buses and endpoints of both roles on one link, and what a hostile remote can do to a host."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import openamp_py
+from openamp_py import ADDRESS_ANY, Bus, Endpoint, Link, PeerGoneError, Role, VirtqueueError
+from openamp_py.constants import NAME_SERVICE_ADDRESS, RPMSG_F_NS, VIRTIO_RING_F_EVENT_IDX
+from openamp_py.platforms.demo import TABLE, python_firmware
+from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
+from openamp_py.rpmsg.wire import Announcement, Channel, encode_announcement
+from openamp_py.virtio import MessageRing
+
+NAME = "test-service"
+
+
+def _table(num: int = 256, features: int = RPMSG_F_NS) -> ResourceTable:
+    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
+    return ResourceTable((Vdev(7, 0, features, vrings=vrings),))
+
+
+async def _settle() -> None:
+    """Lets both sides handle what is under way."""
+    await trio.testing.wait_all_tasks_blocked()
+
+
+@asynccontextmanager
+async def _bound(pair: Any, **options: Any) -> AsyncIterator[tuple[Endpoint, Endpoint]]:
+    """An endpoint on each side, bound to each other."""
+    async with (
+        pair.remote.open_endpoint(NAME, **options) as remote,
+        pair.host.open_endpoint(NAME, **options) as host,
+    ):
+        await host.wait_bound()
+        await remote.wait_bound()
+        yield host, remote
+
+
+# Normal
+
+
+async def test_messages_go_both_ways_whole_and_in_order(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        payloads = [b"", b"x", bytes(range(256)), b"y" * host.payload_limit]
+        for one, other in ((host, remote), (remote, host)):
+            for payload in payloads:
+                await one.send(payload)
+            for payload in payloads:
+                message = await other.receive()
+                assert message == (payload, one.address)
+
+
+async def test_the_roles_are_the_devices(open_pair: Any) -> None:
+    async with open_pair() as pair:
+        assert (pair.host.role, pair.remote.role) == (Role.DRIVER, Role.DEVICE)
+        assert pair.host_device.features == RPMSG_F_NS
+        assert pair.host_device.status == 0xF
+
+
+async def test_event_idx_is_used_when_the_remote_offers_it(open_pair: Any) -> None:
+    table = _table(num=4, features=RPMSG_F_NS | VIRTIO_RING_F_EVENT_IDX)
+    async with open_pair(table) as pair, _bound(pair) as (host, remote):
+        assert pair.remote_device.features == RPMSG_F_NS | VIRTIO_RING_F_EVENT_IDX
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_echo, remote)
+            for number in range(300):
+                payload = number.to_bytes(4, "little")
+                await host.send(payload)
+                assert (await host.receive()).payload == payload
+            nursery.cancel_scope.cancel()
+
+
+async def _echo(endpoint: Endpoint) -> None:
+    async for message in endpoint:
+        await endpoint.send_to(message.payload, message.source)
+
+
+async def test_the_host_acknowledges_and_only_then_the_remote_is_bound(open_pair: Any) -> None:
+    async with open_pair() as pair, pair.remote.open_endpoint(NAME) as remote:
+        await _settle()
+        assert pair.host.channels == (Channel(NAME, remote.address),)
+        assert not remote.is_bound
+        async with pair.host.open_endpoint(NAME) as host:
+            assert host.destination == remote.address
+            await remote.wait_bound()
+            assert remote.destination == host.address
+
+
+async def test_the_host_acknowledges_a_service_that_comes_later(open_pair: Any) -> None:
+    async with open_pair() as pair, pair.host.open_endpoint(NAME) as host:
+        await _settle()
+        assert not host.is_bound
+        async with pair.remote.open_endpoint(NAME) as remote:
+            await host.wait_bound()
+            await remote.wait_bound()
+
+
+async def test_a_peer_that_never_acknowledges_is_bound_by_its_first_message(open_pair: Any) -> None:
+    async with (
+        open_pair() as pair,
+        pair.remote.open_endpoint(NAME) as remote,
+        pair.host.open_endpoint(NAME, announce=False) as host,
+    ):
+        await host.wait_bound()
+        await _settle()
+        assert not remote.is_bound
+        await host.send(b"hello")
+        await remote.wait_bound()
+        assert remote.destination == host.address
+        assert await remote.receive() == (b"hello", host.address)
+
+
+async def test_without_the_name_service_feature_nobody_announces(open_pair: Any) -> None:
+    async with (
+        open_pair(_table(features=0)) as pair,
+        pair.remote.open_endpoint(NAME, address=7) as remote,
+        pair.host.open_endpoint(NAME, destination=7) as host,
+    ):
+        await host.send(b"static")
+        assert await remote.receive() == (b"static", host.address)
+        assert pair.host.channels == pair.remote.channels == ()
+        assert pair.host.drops == pair.remote.drops == openamp_py.Drops()
+
+
+async def test_wait_service_sees_early_and_late_announcements(open_pair: Any) -> None:
+    async with open_pair() as pair, trio.open_nursery() as nursery:
+        found: list[Channel] = []
+
+        async def watch() -> None:
+            found.append(await pair.host.wait_service(NAME))
+
+        nursery.start_soon(watch)
+        await _settle()
+        async with pair.remote.open_endpoint(NAME) as remote:
+            channel = await pair.host.wait_service(NAME)
+            await _settle()
+            assert found == [channel] == [Channel(NAME, remote.address)]
+
+
+async def test_several_endpoints_of_one_name_find_a_peer_each(open_pair: Any) -> None:
+    async with (
+        open_pair() as pair,
+        pair.remote.open_endpoint(NAME) as r1,
+        pair.remote.open_endpoint(NAME) as r2,
+        pair.host.open_endpoint(NAME) as h1,
+        pair.host.open_endpoint(NAME) as h2,
+    ):
+        await h1.wait_bound()
+        await h2.wait_bound()
+        assert {h1.destination, h2.destination} == {r1.address, r2.address}
+
+
+async def test_a_withdrawn_channel_ends_after_what_was_sent_and_can_come_back(
+    open_pair: Any,
+) -> None:
+    async with open_pair() as pair, pair.host.open_endpoint(NAME) as host:
+        async with pair.remote.open_endpoint(NAME) as remote:
+            await remote.wait_bound()
+            await remote.send(b"last words")
+        await _settle()
+        assert (await host.receive()).payload == b"last words"
+        with pytest.raises(trio.EndOfChannel):
+            await host.receive()
+        assert [message async for message in host] == []
+        with pytest.raises(trio.BrokenResourceError, match="withdrew"):
+            await host.send(b"too late")
+        with pytest.raises(trio.BrokenResourceError, match="withdrew"):
+            host.send_nowait(b"too late")
+        async with pair.remote.open_endpoint(NAME) as again:
+            await host.wait_bound()
+            await again.wait_bound()
+            await host.send(b"hello again")
+            assert (await again.receive()).payload == b"hello again"
+
+
+async def test_send_before_bound_waits_and_send_nowait_would_block(open_pair: Any) -> None:
+    async with open_pair() as pair, pair.host.open_endpoint(NAME) as host:
+        with pytest.raises(trio.WouldBlock, match="no peer"):
+            host.send_nowait(b"x")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(host.send, b"patience")
+            await _settle()
+            async with pair.remote.open_endpoint(NAME) as remote:
+                assert (await remote.receive()).payload == b"patience"
+
+
+async def test_bytearray_and_memoryview_are_payloads_too(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        await host.send(bytearray(b"ab"))
+        await host.send(memoryview(b"cd"))
+        assert [(await remote.receive()).payload for _ in range(2)] == [b"ab", b"cd"]
+
+
+# Limits
+
+
+@pytest.mark.parametrize("to_remote, to_host", [(64, 4096), (1024, 17), (65551, 512)])
+async def test_buffer_sizes_differ_per_direction(
+    open_pair: Any, to_remote: int, to_host: int
+) -> None:
+    async with (
+        open_pair(_table(num=2), to_remote=to_remote, to_host=to_host) as pair,
+        pair.remote.open_endpoint(address=5, destination=6) as remote,
+        pair.host.open_endpoint(address=6, destination=5) as host,
+    ):
+        assert (host.payload_limit, remote.payload_limit) == (to_remote - 16, to_host - 16)
+        for one, other in ((host, remote), (remote, host)):
+            await one.send(b"z" * one.payload_limit)
+            assert (await other.receive()).payload == b"z" * one.payload_limit
+            with pytest.raises(ValueError, match=f"the limit is {one.payload_limit} bytes"):
+                await one.send(b"z" * (one.payload_limit + 1))
+
+
+async def test_a_full_ring_holds_senders_back_and_loses_nothing(open_pair: Any) -> None:
+    async with open_pair(_table(num=4)) as pair, _bound(pair, queue_limit=2) as (host, remote):
+        sent = 0
+        with pytest.raises(trio.WouldBlock, match="no buffer"):
+            for sent in range(100):
+                host.send_nowait(sent.to_bytes(4, "little"))
+                await _settle()
+        # Two wait in the queue, four are held in their buffers.
+        assert sent == 6
+        async with trio.open_nursery() as nursery:
+            for number in range(sent, sent + 5):
+                nursery.start_soon(host.send, number.to_bytes(4, "little"))
+                await _settle()
+            numbers = [
+                int.from_bytes((await remote.receive()).payload, "little") for _ in range(sent + 5)
+            ]
+        assert numbers == list(range(sent + 5))
+
+
+async def test_both_sides_full_and_both_replying_do_not_deadlock(open_pair: Any) -> None:
+    """open-amp#320, with two buffers each way."""
+    async with open_pair(_table(num=2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+        total = 200
+        received = 0
+
+        async def pump(endpoint: Endpoint) -> None:
+            nonlocal received
+            for _ in range(total // 2):
+                await endpoint.send(b"ping")
+
+        async def drain(endpoint: Endpoint) -> None:
+            nonlocal received
+            for _ in range(total // 2):
+                await endpoint.receive()
+                received += 1
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for endpoint in (host, remote):
+                    nursery.start_soon(pump, endpoint)
+                    nursery.start_soon(drain, endpoint)
+        assert received == total
+
+
+async def test_an_endpoint_that_is_not_read_keeps_its_messages_until_it_is(open_pair: Any) -> None:
+    async with (
+        open_pair() as pair,
+        _bound(pair, queue_limit=8) as (host, remote),
+        pair.remote.open_endpoint("other") as other,
+        pair.host.open_endpoint("other") as host_other,
+    ):
+        await other.wait_bound()
+        for number in range(100):
+            await host.send(bytes((number,)))
+        await host_other.send(b"not behind them")
+        assert (await other.receive()).payload == b"not behind them"
+        numbers = [(await remote.receive()).payload[0] for _ in range(100)]
+        assert numbers == list(range(100))
+
+
+async def test_closing_an_unread_endpoint_gives_its_buffers_back(open_pair: Any) -> None:
+    async with open_pair(_table(num=4)) as pair:
+        async with _bound(pair, queue_limit=1) as (host, _remote):
+            for _ in range(5):
+                host.send_nowait(b"unread")
+                await _settle()
+        async with _bound(pair) as (host, remote):
+            for _ in range(8):
+                await host.send(b"again")
+                await remote.receive()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("name", ["", "n" * 32, "a\0b"])
+async def test_open_endpoint_refuses_bad_names(open_pair: Any, name: str) -> None:
+    async with open_pair() as pair:
+        with pytest.raises(ValueError, match="channel name"):
+            async with pair.host.open_endpoint(name):
+                pass
+
+
+async def test_open_endpoint_refuses_an_address_in_use(open_pair: Any) -> None:
+    async with open_pair() as pair, pair.host.open_endpoint(address=99):
+        with pytest.raises(ValueError, match="in use"):
+            async with pair.host.open_endpoint(address=99):
+                pass
+
+
+async def test_open_endpoint_refuses_a_queue_without_room(open_pair: Any) -> None:
+    async with open_pair() as pair:
+        with pytest.raises(ValueError, match="queue_limit is 0"):
+            async with pair.host.open_endpoint(queue_limit=0):
+                pass
+
+
+async def test_what_is_no_bytes_is_a_type_error(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, _):
+        with pytest.raises(TypeError):
+            await host.send("text")  # type: ignore[arg-type]
+
+
+async def test_two_tasks_cannot_receive_on_one_endpoint(open_pair: Any) -> None:
+    async with (
+        open_pair() as pair,
+        pair.host.open_endpoint(NAME) as host,
+        trio.open_nursery() as nursery,
+    ):
+        nursery.start_soon(host.receive)
+        await _settle()
+        with pytest.raises(trio.BusyResourceError):
+            await host.receive()
+        nursery.cancel_scope.cancel()
+
+
+# Closing and cancellation
+
+
+async def test_closed_endpoints_say_so_and_close_again(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, _remote):
+        await host.aclose()
+        await host.aclose()
+        host.close()
+        for call in (host.receive, host.wait_bound):
+            with pytest.raises(trio.ClosedResourceError):
+                await call()
+        with pytest.raises(trio.ClosedResourceError):
+            await host.send(b"x")
+        with pytest.raises(trio.ClosedResourceError):
+            host.receive_nowait()
+
+
+async def test_an_endpoint_can_be_closed_while_a_task_receives(open_pair: Any) -> None:
+    async with open_pair() as pair, pair.host.open_endpoint(NAME) as host:
+
+        async def receive() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await host.receive()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await _settle()
+            host.close()
+
+
+async def test_an_endpoint_can_be_closed_by_its_own_receiver(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        await host.send(b"close yourself")
+        await remote.receive()
+        await remote.aclose()
+        with pytest.raises(trio.EndOfChannel):
+            await host.receive()
+
+
+async def test_a_cancelled_receive_loses_no_message(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        with trio.move_on_after(0) as scope:
+            await remote.receive()
+        assert scope.cancelled_caught
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(remote.receive)
+            await _settle()
+            await host.send(b"kept")
+            nursery.cancel_scope.cancel()
+        # It was either handed to the cancelled call or is still there; a call that was
+        # cancelled handed nothing out.
+        if nursery.cancel_scope.cancelled_caught:
+            assert (await remote.receive()).payload == b"kept"
+
+
+async def test_a_cancelled_send_sends_nothing_and_passes_its_turn_on(open_pair: Any) -> None:
+    async with open_pair(_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+        for payload in (b"1", b"2"):
+            await host.send(payload)
+            await _settle()
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as scope:
+                nursery.start_soon(host.send, b"3")
+                await _settle()
+                scope.cancel()
+                await host.send(b"never")
+            assert scope.cancelled_caught
+            received = [(await remote.receive()).payload for _ in range(3)]
+        assert received == [b"1", b"2", b"3"]
+        with pytest.raises(trio.WouldBlock):
+            remote.receive_nowait()
+
+
+async def test_the_end_of_the_remote_wakes_everyone_with_the_cause(open_pair: Any) -> None:
+    async with open_pair(_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, _remote):
+        for _ in range(2):
+            await host.send(b"fill")
+            await _settle()
+        errors: list[BaseException | None] = []
+
+        async def fails(call: Any, *args: Any) -> None:
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await call(*args)
+            errors.append(caught.value.__cause__)
+
+        cause = PeerGoneError("the remote is gone")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails, host.receive)
+            nursery.start_soon(fails, host.send, b"x")
+            nursery.start_soon(fails, host.send, b"y")
+            nursery.start_soon(fails, pair.host.wait_service, "never")
+            await _settle()
+            pair.host_device.fail(cause)
+        assert errors == [cause] * 4
+        with pytest.raises(trio.BrokenResourceError):
+            async with pair.host.open_endpoint("late"):
+                pass
+
+
+async def test_what_was_sent_before_the_end_is_still_received(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        for number in range(100):
+            remote.send_nowait(bytes((number,)))
+        pair.host_device.fail(PeerGoneError("gone"))
+        assert [(await host.receive()).payload[0] for _ in range(100)] == list(range(100))
+        with pytest.raises(trio.BrokenResourceError):
+            await host.receive()
+
+
+async def test_a_reset_by_the_host_is_seen_by_the_remote(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        async with trio.open_nursery() as nursery:
+
+            async def receive() -> None:
+                with pytest.raises(trio.BrokenResourceError, match="reset the device"):
+                    await remote.receive()
+
+            nursery.start_soon(receive)
+            await _settle()
+            pair.host_device.end()
+        assert isinstance(pair.remote.failure, PeerGoneError)
+        del host
+
+
+# A hostile remote
+
+
+class _RawRemote:
+    """The device's end of the rings, to send any bytes."""
+
+    def __init__(self, sending: MessageRing, receiving: MessageRing, kick: Any) -> None:
+        self._sending = sending
+        self._receiving = receiving
+        self._kick = kick
+
+    def send(self, source: int, destination: int, payload: bytes) -> None:
+        while self._sending.send(source, destination, payload) < 0:
+            raise AssertionError("the host's buffers are all out")
+        self._kick(0)
+
+    def received(self) -> list[Any]:
+        return self._receiving.receive()[0]
+
+
+@asynccontextmanager
+async def _raw_remote() -> AsyncIterator[tuple[Bus, _RawRemote, openamp_py.VirtioDevice]]:
+    """A host's bus whose remote is this test."""
+    send, receive = trio.open_memory_channel[_RawRemote](1)
+
+    async def application(link: Link) -> None:
+        async with openamp_py.open_resources(link) as resources:
+            device = resources.rpmsg_device()
+            while not device.poll_driver():
+                await trio.lowlevel.checkpoint()
+            to_host, to_remote = device.open_queue(0), device.open_queue(1)
+            sending = MessageRing(to_host, sender=True, buffer_size=512)
+            receiving = MessageRing(to_remote, sender=False, buffer_size=512)
+            try:
+                await send.send(_RawRemote(sending, receiving, device.kick))
+                await trio.sleep_forever()
+            finally:
+                sending.close()
+                receiving.close()
+
+    async with openamp_py.open_processor(openamp_py.LoopbackPlatform(application)) as processor:
+        await processor.boot(python_firmware(TABLE))
+        device = processor.rpmsg_device()
+        async with openamp_py.open_bus(device) as bus:
+            yield bus, await receive.receive(), device
+
+
+async def test_messages_for_nobody_are_counted_and_their_buffers_returned() -> None:
+    async with _raw_remote() as (bus, remote, _):
+        for _ in range(600):
+            remote.send(1, 4711, b"lost?")
+            await _settle()
+        assert bus.drops.unknown_destination == 600
+
+
+async def test_malformed_announcements_are_counted() -> None:
+    good = encode_announcement(Announcement(Channel("ok", 1024)))
+    async with _raw_remote() as (bus, remote, _):
+        for payload in (b"", good[:10], good + b"x", b"\0" * 40, good[:32] + b"\xff" * 8):
+            remote.send(1024, NAME_SERVICE_ADDRESS, payload)
+            await _settle()
+        assert bus.drops.bad_announcement == 5
+        remote.send(1024, NAME_SERVICE_ADDRESS, good)
+        await _settle()
+        assert bus.channels == (Channel("ok", 1024),)
+
+
+async def test_a_flood_of_announcements_ends_at_the_limit() -> None:
+    async with _raw_remote() as (bus, remote, _), bus.open_endpoint("echo") as endpoint:
+        for number in range(1500):
+            name = f"flood-{number}"
+            announcement = encode_announcement(Announcement(Channel(name, 2000 + number)))
+            remote.send(1, NAME_SERVICE_ADDRESS, announcement)
+            await _settle()
+        assert len(bus.channels) == 1024
+        assert bus.drops.bad_announcement == 1500 - 1024
+        remote.send(9, endpoint.address, b"still here")
+        assert (await endpoint.receive()).payload == b"still here"
+
+
+async def test_the_acknowledgement_is_an_announcement_of_the_host() -> None:
+    async with _raw_remote() as (bus, remote, _), bus.open_endpoint("echo") as endpoint:
+        remote.received()
+        remote.send(9, NAME_SERVICE_ADDRESS, encode_announcement(Announcement(Channel("echo", 9))))
+        await _settle()
+        expected = encode_announcement(Announcement(Channel("echo", endpoint.address)))
+        assert [(m[0], m[1], m[3]) for m in remote.received()] == [
+            (endpoint.address, NAME_SERVICE_ADDRESS, expected)
+        ]
+
+
+async def test_acknowledgements_wait_for_buffers_and_are_not_lost() -> None:
+    """The remote announces while it holds every buffer of the host."""
+    async with (
+        _raw_remote() as (bus, remote, _),
+        bus.open_endpoint("echo") as endpoint,
+        bus.open_endpoint(destination=5) as other,
+    ):
+        for _ in range(255):
+            other.send_nowait(b"fill")
+        with pytest.raises(trio.WouldBlock):
+            other.send_nowait(b"one too many")
+        remote.send(9, NAME_SERVICE_ADDRESS, encode_announcement(Announcement(Channel("echo", 9))))
+        await _settle()
+        assert endpoint.destination == 9
+        messages = []
+        while batch := remote.received():
+            messages += batch
+            remote._kick(1)
+            await _settle()
+        assert messages[-1][0] == endpoint.address and messages[-1][1] == NAME_SERVICE_ADDRESS
+
+
+async def test_an_impossible_index_breaks_the_bus_with_the_reason() -> None:
+    async with _raw_remote() as (bus, _remote, device), bus.open_endpoint("echo") as endpoint:
+        used_index = 0x6000 + 2
+        memory = device.memory.find_da(used_index, 2)
+        assert memory is not None
+        memory[:] = struct.pack("<H", 300)
+        with pytest.raises(trio.BrokenResourceError, match="jumped by 300 entries") as caught:
+            await endpoint.receive()
+        assert isinstance(caught.value.__cause__, VirtqueueError)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    messages=st.lists(
+        st.tuples(
+            st.sampled_from([0, 9, 53, 1024, ADDRESS_ANY]),
+            st.sampled_from([0, 53, 1024, 1025, ADDRESS_ANY]),
+            st.one_of(st.binary(max_size=60), st.binary(min_size=40, max_size=40)),
+        ),
+        max_size=40,
+    )
+)
+def test_any_messages_are_delivered_or_counted(messages: list[tuple[int, int, bytes]]) -> None:
+    async def main() -> None:
+        async with _raw_remote() as (bus, remote, _), bus.open_endpoint("echo") as endpoint:
+            for message in messages:
+                remote.send(*message)
+                await _settle()
+            delivered = 0
+            while True:
+                try:
+                    received = endpoint.receive_nowait()
+                except (trio.WouldBlock, trio.EndOfChannel):
+                    break
+                assert tuple(received) in [(p, s) for s, d, p in messages if d == endpoint.address]
+                delivered += 1
+            assert delivered == sum(d == endpoint.address for _, d, _ in messages)
+            to_names = sum(d == NAME_SERVICE_ADDRESS for _, d, _ in messages)
+            assert bus.drops.unknown_destination == len(messages) - delivered - to_names
+            assert bus.failure is None
+
+    trio.run(main)
