@@ -15,6 +15,7 @@ from pathlib import Path
 
 import trio
 
+from openamp_py.background import open_background
 from openamp_py.cli.common import (
     DONE,
     FAILED,
@@ -199,24 +200,21 @@ async def _ping_until_interrupted(
 ) -> None:
     """Pings, and shuts down gracefully also after Ctrl-C."""
     with trio.open_signal_receiver(signal.SIGINT) as signals:
-        async with trio.open_nursery() as nursery:
+        async with open_background() as nursery:
+            pinging = trio.CancelScope()
 
             async def interrupt() -> None:
                 async for _ in signals:
-                    nursery.cancel_scope.cancel()
+                    pinging.cancel()
 
             nursery.start_soon(interrupt)
-            failure: trio.BrokenResourceError | PeerError | None = None
             try:
-                await _exchange(options, endpoint, result, progress)
+                with pinging:
+                    await _exchange(options, endpoint, result, progress)
             except (trio.BrokenResourceError, PeerError) as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is None:
+                result.shutdown = Shutdown(False, str(error.__cause__ or error))
+                raise
             result.shutdown = await session.shutdown(endpoint, grace=options.grace)
-            return
-    result.shutdown = Shutdown(False, str(failure))
-    raise failure
 
 
 async def _exchange(
@@ -273,7 +271,8 @@ def _print_start(options: argparse.Namespace, endpoint: Endpoint) -> None:
     if not options.json:
         print(
             f"PING {options.channel} ({endpoint.destination:#x}) on {options.core}: "
-            f"{options.size}({options.size + _PREFIX.size}) bytes of data."
+            f"{options.size}({options.size + _PREFIX.size}) bytes of data.",
+            flush=True,
         )
 
 

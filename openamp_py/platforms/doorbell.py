@@ -35,6 +35,10 @@ class Doorbell:
             if self._socket.fileno() >= 0:
                 raise
 
+    def fileno(self) -> int:
+        """The socket's descriptor, for a loop in C that kicks and waits itself; -1 once closed."""
+        return self._socket.fileno()
+
     async def run(self, notified: Callable[[], None]) -> None:
         """Calls `notified` for each batch of kicks, until the other end is closed."""
         while True:

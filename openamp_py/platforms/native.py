@@ -89,7 +89,12 @@ class NativePlatform:
 
 
 class NativeCore:
-    """One boot of the native core: a child process, its doorbell and its last words."""
+    """One boot of the native core: a child process, its doorbell and its last words.
+
+    Attributes:
+        pid: the child, once it was started.
+        doorbell: this side's end of the doorbell, from then on.
+    """
 
     name = "native core"
     buffer_area: tuple[int, int] | None = None
@@ -102,12 +107,12 @@ class NativeCore:
         self._fd = fd
         self._window = window
         self._entry = firmware.entry
-        self._doorbell: Doorbell | None = None
+        self.doorbell: Doorbell | None = None
 
     def kick(self, notify_id: int) -> None:
         """Wakes the core."""
-        if self._doorbell is not None:
-            self._doorbell.kick(notify_id)
+        if self.doorbell is not None:
+            self.doorbell.kick(notify_id)
 
     async def run(
         self,
@@ -118,8 +123,8 @@ class NativeCore:
         """Boots the core and listens to it until it ends. See `Link.run`."""
         with contextlib.ExitStack() as stack:
             ours, theirs = socket.socketpair()
-            self._doorbell = Doorbell(ours)
-            stack.callback(self._doorbell.close)
+            self.doorbell = Doorbell(ours)
+            stack.callback(self.doorbell.close)
             last_words, report = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             stack.callback(os.close, last_words)
             stack.callback(os.close, report)
@@ -136,7 +141,7 @@ class NativeCore:
                     pass_fds=(self._fd, theirs.fileno(), report),
                 )
             self.pid = process.pid
-            await run_child(process, self._doorbell, notified, task_status)
+            await run_child(process, self.doorbell, notified, task_status)
             _judge(process.returncode, _read_report(last_words))
 
 

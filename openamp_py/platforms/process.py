@@ -56,7 +56,12 @@ class ProcessPlatform:
 
 
 class ProcessCore:
-    """One run of the program, seen from the host."""
+    """One run of the program, seen from the host.
+
+    Attributes:
+        pid: the program's process, once it was started.
+        doorbell: this side's end of the doorbell, from then on.
+    """
 
     name = "process core"
     buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
@@ -68,12 +73,12 @@ class ProcessCore:
         self.pid: int | None = None
         self._fd = fd
         self._command = command
-        self._doorbell: Doorbell | None = None
+        self.doorbell: Doorbell | None = None
 
     def kick(self, notify_id: int) -> None:
         """Wakes the program."""
-        if self._doorbell is not None:
-            self._doorbell.kick(notify_id)
+        if self.doorbell is not None:
+            self.doorbell.kick(notify_id)
 
     async def run(
         self,
@@ -83,8 +88,8 @@ class ProcessCore:
     ) -> None:
         """Starts the program and listens to it until it ends. See `Link.run`."""
         ours, theirs = socket.socketpair()
-        self._doorbell = Doorbell(ours, constant=KICK)
-        with contextlib.closing(self._doorbell):
+        self.doorbell = Doorbell(ours, constant=KICK)
+        with contextlib.closing(self.doorbell):
             with contextlib.closing(theirs):
                 url = f"shm:fd:{self._fd}?doorbell=fd:{theirs.fileno()}"
                 process = spawn(
@@ -92,7 +97,7 @@ class ProcessCore:
                     pass_fds=(self._fd, theirs.fileno()),
                 )
             self.pid = process.pid
-            await run_child(process, self._doorbell, notified, task_status)
+            await run_child(process, self.doorbell, notified, task_status)
         if process.returncode < 0:
             raise killed("the core's process", process.returncode)
         if process.returncode:

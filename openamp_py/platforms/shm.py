@@ -95,6 +95,9 @@ class ShmLink:
 
     Args:
         address: where it is.
+
+    Attributes:
+        doorbell: this side's end of the doorbell, once there is a peer.
     """
 
     name = "shm link"
@@ -106,12 +109,12 @@ class ShmLink:
     def __init__(self, address: ShmAddress) -> None:
         self._address = address
         self._stack = contextlib.ExitStack()
-        self._doorbell: Doorbell | None = None
+        self.doorbell: Doorbell | None = None
 
     def kick(self, notify_id: int) -> None:
         """Wakes the peer."""
-        if self._doorbell is not None:
-            self._doorbell.kick(notify_id)
+        if self.doorbell is not None:
+            self.doorbell.kick(notify_id)
 
     async def run(
         self,
@@ -133,17 +136,17 @@ class ShmLink:
             assert target is not None, "the layout has room for its table"
             target[:] = table
             sock = await self._accept(str(address.doorbell))
+        elif isinstance(address.doorbell, int):
+            sock = socket.socket(fileno=address.doorbell)
         else:
-            if isinstance(address.doorbell, int):
-                sock = socket.socket(fileno=address.doorbell)
-            else:
-                sock = await _connect(address.doorbell)
-            # The peer writes its table before it listens, so from here on it is there.
-            self._map(os.O_RDWR)
-        self._doorbell = Doorbell(sock, constant=KICK)
-        with contextlib.closing(self._doorbell):
+            sock = await _connect(address.doorbell)
+        self.doorbell = Doorbell(sock, constant=KICK)
+        with contextlib.closing(self.doorbell):
+            if not address.listen:
+                # The peer writes its table before it listens, so from here on it is there.
+                self._map(os.O_RDWR)
             task_status.started()
-            await self._doorbell.run(notified)
+            await self.doorbell.run(notified)
         raise PeerGoneError(f"{self.name}: the other side closed its end of the doorbell")
 
     def close(self) -> None:

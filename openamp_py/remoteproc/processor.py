@@ -36,17 +36,19 @@ class RemoteProcessor:
         platform: what kind of core this is.
         state: where it stands; see `lifecycle.TRANSITIONS`.
         failure: why the core ended by itself, once it has; None after a new start.
+        core: the link to the core of the latest start; None before the first.
     """
 
     def __init__(self, platform: Platform, nursery: trio.Nursery) -> None:
         self.platform = platform
         self.state = ProcessorState.OFFLINE
         self.failure: OpenAMPError | None = None
+        self.core: Link | None = None
         self._nursery = nursery
         self._plan: LoadPlan | None = None
         self._resources: Resources | None = None
         self._life: trio.CancelScope | None = None
-        self._ended = trio.Event()
+        self._ended: trio.Event | None = None
         self._busy: Call | None = None
 
     @property
@@ -117,19 +119,19 @@ class RemoteProcessor:
         """
         with self._call(Call.START):
             assert self._plan is not None, "READY means loaded"
-            core = self.platform.create_core(self._plan.firmware)
+            core = self.core = self.platform.create_core(self._plan.firmware)
             self.failure = None
             if self._plan.firmware.table is not None:
                 self._resources = Resources(
                     core, Role.DRIVER, carveouts=self._plan.carveouts, arena=self._plan.arena
                 )
-            self._ended = trio.Event()
+            ended = self._ended = trio.Event()
             try:
                 await self._nursery.start(self._live, core)
             except BaseException:
                 self._close_resources()
                 raise
-        if self._ended.is_set():
+        if ended.is_set():
             self.state = ProcessorState.STOPPED
 
     async def boot(self, image: Image) -> None:
@@ -166,29 +168,36 @@ class RemoteProcessor:
 
         Raises:
             CoreDiedError: it crashed, or asked for a reset.
+            StateError: it was never started.
         """
+        if self._ended is None:
+            raise StateError(f"the core was never started: the processor is {self.state.value}")
         await self._ended.wait()
         if isinstance(self.failure, CoreDiedError):
             raise self.failure
 
     async def _live(self, core: Link, *, task_status: trio.TaskStatus[None]) -> None:
         """One life of the core, from boot to its end."""
-        resources = self._resources
+        resources, ended = self._resources, self._ended
+        assert ended is not None, "start made it"
         cause: OpenAMPError = PeerGoneError(f"{core.name} was stopped")
-        with trio.CancelScope() as life:
-            self._life = life
-            cause = await run_link(core, resources.notified if resources else _nobody, task_status)
-        if not life.cancelled_caught:
-            self.failure = cause
-            self.state = ProcessorState.STOPPED
-        _logger.info("%s", cause)
-        if resources:
-            resources.fail(cause)
-        self._life = None
-        self._ended.set()
+        try:
+            with trio.CancelScope() as life:
+                self._life = life
+                notified = resources.notified if resources else _nobody
+                cause = await run_link(core, notified, task_status)
+            if not life.cancelled_caught:
+                self.failure = cause
+                self.state = ProcessorState.STOPPED
+        finally:
+            self._life = None
+            _logger.info("%s", cause)
+            if resources:
+                resources.fail(cause)
+            ended.set()
 
     async def _end_life(self) -> None:
-        if self._life is not None:
+        if self._life is not None and self._ended is not None:
             self._life.cancel()
             with trio.CancelScope(shield=True):
                 await self._ended.wait()

@@ -78,6 +78,7 @@ class Bus:
         self._registry = ChannelRegistry()
         self._replies: deque[Endpoint] = deque()
         self._senders = trio.lowlevel.ParkingLot()
+        self._sender_woken = False
         self._news = trio.lowlevel.ParkingLot()
         self._drops = Drops()
         self._closed = False
@@ -192,7 +193,7 @@ class Bus:
 
     def send_nowait(self, source: int, destination: int, payload: bytes) -> bool:
         """Sends a message now, unless others wait for a buffer. Returns whether it went."""
-        return not self._senders and self._try_send(source, destination, payload)
+        return not self._senders_wait() and self._try_send(source, destination, payload)
 
     async def send_when_free(self, endpoint: Endpoint, destination: int, payload: bytes) -> None:
         """Waits for a buffer, behind those who wait already, and sends.
@@ -202,12 +203,13 @@ class Bus:
         waited = False
         # The wish comes before the look, so a buffer that is freed in between is notified.
         while not (
-            (waited or not self._senders)
+            (waited or not self._senders_wait())
             and self._sending.want_buffer()
             and self._try_send(endpoint.address, destination, payload)
         ):
             await self._senders.park()
             waited = True
+            self._sender_woken = False
             try:
                 endpoint.check_usable()
             except (trio.ClosedResourceError, trio.BrokenResourceError):
@@ -276,15 +278,20 @@ class Bus:
             self._device.kick(self._send_index)
         return True
 
+    def _senders_wait(self) -> bool:
+        """Whether someone has to be let go first: parked, or woken and about to run."""
+        return self._sender_woken or bool(self._senders)
+
     def _senders_may_go(self) -> None:
         """Lets the first who waits for a buffer try, if there is one; else asks to be told."""
-        if self._closed:
+        if self._closed or self._sender_woken:
             return
         if not (self._senders or self._replies):
             self._sending.queue.notify_off()
         elif self.failure is not None:
             self._senders.unpark_all()
-        elif self._sending.want_buffer():
+        elif self._senders and self._sending.want_buffer():
+            self._sender_woken = True
             self._senders.unpark()
 
     def _release(self, heads: list[int]) -> None:
@@ -387,10 +394,10 @@ class Bus:
         try:
             while self._replies and self.failure is None:
                 endpoint = self._replies[0]
-                if endpoint.is_announced and not self._try_send(
-                    endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement()
-                ):
-                    break
+                if endpoint.is_announced:
+                    if not self._sending.want_buffer():
+                        return  # and a notification will come
+                    self._try_send(endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement())
                 self._replies.popleft()
         except trio.BrokenResourceError:
             return
@@ -438,26 +445,20 @@ async def _wait_driver(device: VirtioDevice) -> None:
 
 
 @asynccontextmanager
-async def open_bus(
+async def open_rings(
     device: VirtioDevice,
     *,
     send_buffer_size: int = DEFAULT_BUFFER_SIZE,
     receive_buffer_size: int = DEFAULT_BUFFER_SIZE,
-) -> AsyncIterator[Bus]:
-    """Brings an RPMsg device up for an `async with` block and takes it down at its end.
+) -> AsyncIterator[tuple[MessageRing, MessageRing]]:
+    """The bare message rings of an RPMsg device, for an `async with` block.
 
-    A driver (host) sets the device up at once; a device (remote) waits for its driver.
+    What is below `open_bus`, for whoever works them by other means; takes and raises the same.
+    A driver still has to say `set_driver_ok`, once it is ready to be notified, and to end the
+    device; a device has been waited for.
 
-    Args:
-        device: an RPMsg device, from a `RemoteProcessor` or `open_resources`.
-        send_buffer_size: bytes of a buffer, header included, in the sending direction.
-        receive_buffer_size: the same for the receiving direction. A driver chooses both;
-            a device has to be told what its driver chose.
-
-    Raises:
-        ValueError: it is not an RPMsg device, or a buffer size is not possible.
-        ResourceTableError: its vrings or buffers do not fit its memory.
-        trio.BrokenResourceError: the other side is gone.
+    Returns:
+        The sending and the receiving one.
     """
     if device.device_id != VIRTIO_ID_RPMSG:
         raise ValueError(f"{device.name} has virtio id {device.device_id}, not 7 (RPMsg)")
@@ -493,6 +494,34 @@ async def open_bus(
             pool=send_pool,
         )
         stack.callback(sending.close)
+        yield sending, receiving
+
+
+@asynccontextmanager
+async def open_bus(
+    device: VirtioDevice,
+    *,
+    send_buffer_size: int = DEFAULT_BUFFER_SIZE,
+    receive_buffer_size: int = DEFAULT_BUFFER_SIZE,
+) -> AsyncIterator[Bus]:
+    """Brings an RPMsg device up for an `async with` block and takes it down at its end.
+
+    A driver (host) sets the device up at once; a device (remote) waits for its driver.
+
+    Args:
+        device: an RPMsg device, from a `RemoteProcessor` or `open_resources`.
+        send_buffer_size: bytes of a buffer, header included, in the sending direction.
+        receive_buffer_size: the same for the receiving direction. A driver chooses both;
+            a device has to be told what its driver chose.
+
+    Raises:
+        ValueError: it is not an RPMsg device, or a buffer size is not possible.
+        ResourceTableError: its vrings or buffers do not fit its memory.
+        trio.BrokenResourceError: the other side is gone.
+    """
+    async with open_rings(
+        device, send_buffer_size=send_buffer_size, receive_buffer_size=receive_buffer_size
+    ) as (sending, receiving):
         bus = Bus(device, sending, receiving)
         try:
             if device.role is Role.DRIVER:

@@ -1,0 +1,300 @@
+"""A remote processor with a core that does what the test says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from openamp_py import (
+    CoreCrashedError,
+    Firmware,
+    Handshake,
+    ImageError,
+    Link,
+    OpenAMPError,
+    PeerGoneError,
+    PlatformError,
+    ProcessorState,
+    RemoteProcessor,
+    StateError,
+    open_bus,
+    open_processor,
+)
+from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.platforms import demo
+from openamp_py.platforms.demo import python_firmware
+from openamp_py.remoteproc.elf import Segment
+from openamp_py.remoteproc.lifecycle import TRANSITIONS, Call
+
+
+class FakePlatform:
+    """A platform whose core runs until the test ends it."""
+
+    name = "fake"
+    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+
+    def __init__(self) -> None:
+        self._shared = SharedMemory.create("openamp-fake", demo.MEMORY_SIZE)
+        self.memory = MemoryMap([self._shared.region("shm", 0)])
+        self.kicks: list[int] = []
+        self.start_error: OpenAMPError | None = None
+        self.power: trio.Event | None = None
+        self.end: trio.Event | None = None
+        self.end_error: OpenAMPError | None = None
+        self.closed = False
+
+    def check(self, firmware: Firmware) -> None:
+        if firmware.machine:
+            raise ImageError("the fake runs nothing")
+
+    def create_core(self, firmware: Firmware) -> Link:
+        return FakeCore(self)
+
+    def close(self) -> None:
+        self.closed = True
+        self._shared.close()
+
+
+class FakeCore:
+    """One life of it."""
+
+    name = "fake core"
+    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+    table_da = demo.TABLE_DA
+    handshake = Handshake.FULL
+
+    def __init__(self, platform: FakePlatform) -> None:
+        self.memory = platform.memory
+        self._platform = platform
+
+    def kick(self, notify_id: int) -> None:
+        self._platform.kicks.append(notify_id)
+
+    async def run(
+        self,
+        notified: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        if self._platform.start_error is not None:
+            raise self._platform.start_error
+        if self._platform.power is not None:
+            await self._platform.power.wait()
+        self._platform.end = trio.Event()
+        task_status.started()
+        await self._platform.end.wait()
+        if self._platform.end_error is not None:
+            raise self._platform.end_error
+
+
+CALLS: dict[Call, Callable[[RemoteProcessor], object]] = {
+    Call.CONFIGURE: lambda p: p.configure(),
+    Call.LOAD: lambda p: p.load(python_firmware()),
+    Call.START: lambda p: p.start(),
+    Call.STOP: lambda p: p.stop(),
+    Call.SHUTDOWN: lambda p: p.shutdown(),
+}
+
+PATHS = {
+    ProcessorState.OFFLINE: (),
+    ProcessorState.CONFIGURED: (Call.CONFIGURE,),
+    ProcessorState.READY: (Call.CONFIGURE, Call.LOAD),
+    ProcessorState.RUNNING: (Call.CONFIGURE, Call.LOAD, Call.START),
+    ProcessorState.STOPPED: (Call.CONFIGURE, Call.LOAD, Call.START, Call.STOP),
+}
+
+
+async def _do(processor: RemoteProcessor, call: Call) -> None:
+    await CALLS[call](processor)  # type: ignore[misc]
+
+
+@asynccontextmanager
+async def _processor(
+    state: ProcessorState = ProcessorState.OFFLINE,
+) -> AsyncIterator[tuple[RemoteProcessor, FakePlatform]]:
+    platform = FakePlatform()
+    async with open_processor(platform) as processor:
+        for call in PATHS[state]:
+            await _do(processor, call)
+        assert processor.state is state
+        yield processor, platform
+    assert platform.closed
+
+
+@pytest.mark.parametrize(("state", "call"), list(itertools.product(ProcessorState, Call)))
+async def test_every_state_and_call(state: ProcessorState, call: Call) -> None:
+    async with _processor(state) as (processor, _):
+        if (state, call) in TRANSITIONS:
+            await _do(processor, call)
+            assert processor.state is TRANSITIONS[state, call]
+        else:
+            before = (processor.firmware, processor.devices)
+            with pytest.raises(StateError):
+                await _do(processor, call)
+            assert processor.state is state
+            assert (processor.firmware, processor.devices) == before
+
+
+async def test_boot_is_the_first_three_calls() -> None:
+    async with _processor() as (processor, _):
+        await processor.boot(python_firmware())
+        assert processor.state is ProcessorState.RUNNING
+        assert processor.table == demo.TABLE
+        assert [d.device_id for d in processor.devices] == [7]
+
+
+async def test_it_can_be_booted_again_after_a_shutdown() -> None:
+    async with _processor(ProcessorState.RUNNING) as (processor, _):
+        first = processor.rpmsg_device()
+        await processor.shutdown()
+        assert processor.devices == () and processor.firmware is None
+        await processor.boot(python_firmware())
+        assert processor.rpmsg_device() is not first
+
+
+async def test_an_image_can_be_loaded_from_a_path_or_bytes(tmp_path: Path) -> None:
+    async with _processor(ProcessorState.CONFIGURED) as (processor, _):
+        for image in (b"not an ELF", tmp_path / "missing", str(tmp_path / "missing")):
+            with pytest.raises((ImageError, FileNotFoundError)):
+                await processor.load(image)
+            assert processor.state is ProcessorState.CONFIGURED
+
+
+async def test_a_bad_image_leaves_the_loaded_one_in_place() -> None:
+    async with _processor(ProcessorState.READY) as (processor, platform):
+        loaded = processor.firmware
+        before = bytes(platform.memory.regions[0].view)
+        outside = Firmware(segments=(Segment(0, b"x", 1, 5), Segment(1 << 30, b"x", 1, 5)))
+        for bad in (b"\x7fELF", Firmware(machine=40), outside):
+            with pytest.raises(ImageError):
+                await processor.load(bad)
+            assert processor.state is ProcessorState.READY
+            assert processor.firmware is loaded
+        assert bytes(platform.memory.regions[0].view) == before
+
+
+async def test_a_core_that_does_not_start_leaves_it_ready() -> None:
+    async with _processor(ProcessorState.READY) as (processor, platform):
+        platform.start_error = PlatformError("no power")
+        with pytest.raises(PlatformError, match="no power"):
+            await processor.start()
+        assert processor.state is ProcessorState.READY and processor.devices == ()
+        platform.start_error = None
+        await processor.start()
+        assert len(processor.devices) == 1
+
+
+async def test_a_boot_that_fails_ends_offline() -> None:
+    async with _processor() as (processor, platform):
+        platform.start_error = PlatformError("no power")
+        with pytest.raises(PlatformError):
+            await processor.boot(python_firmware())
+        assert processor.state is ProcessorState.OFFLINE
+
+
+async def test_a_core_that_ends_in_order_stops_and_breaks_its_devices() -> None:
+    async with _processor(ProcessorState.RUNNING) as (processor, platform):
+        device = processor.rpmsg_device()
+        assert platform.end is not None
+        platform.end.set()
+        await processor.wait_exit()
+        assert processor.state is ProcessorState.STOPPED
+        assert isinstance(processor.failure, PeerGoneError)
+        assert device.failure is processor.failure
+
+
+async def test_a_crash_is_raised_by_wait_exit_and_is_the_cause_of_broken_channels() -> None:
+    async with (
+        _processor(ProcessorState.RUNNING) as (processor, platform),
+        open_bus(processor.rpmsg_device()) as bus,
+        bus.open_endpoint(destination=5) as endpoint,
+    ):
+        platform.end_error = CoreCrashedError("the core died of SIGSEGV")
+        assert platform.end is not None
+        platform.end.set()
+        with pytest.raises(trio.BrokenResourceError, match="SIGSEGV") as caught:
+            await endpoint.receive()
+        assert caught.value.__cause__ is platform.end_error
+        with pytest.raises(CoreCrashedError):
+            await processor.wait_exit()
+        assert processor.state is ProcessorState.STOPPED
+
+
+async def test_stop_wakes_those_who_wait() -> None:
+    async with (
+        _processor(ProcessorState.RUNNING) as (processor, _),
+        open_bus(processor.rpmsg_device()) as bus,
+        bus.open_endpoint("x") as endpoint,
+        trio.open_nursery() as nursery,
+    ):
+
+        async def wait() -> None:
+            with pytest.raises(trio.BrokenResourceError, match="was stopped"):
+                await endpoint.wait_bound()
+
+        nursery.start_soon(wait)
+        nursery.start_soon(processor.wait_exit)
+        await trio.testing.wait_all_tasks_blocked()
+        await processor.stop()
+
+
+async def test_one_call_at_a_time() -> None:
+    async with _processor(ProcessorState.READY) as (processor, platform):
+        platform.power = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(processor.start)
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(StateError, match="cannot shutdown while start is under way"):
+                await processor.shutdown()
+            platform.power.set()
+        assert processor.state is ProcessorState.RUNNING
+
+
+async def test_a_start_that_hangs_can_be_cancelled() -> None:
+    async with _processor(ProcessorState.READY) as (processor, platform):
+        platform.power = trio.Event()
+        with trio.move_on_after(0.05) as scope:
+            await processor.start()
+        assert scope.cancelled_caught
+        assert processor.state is ProcessorState.READY and processor.devices == ()
+        platform.power.set()
+        await processor.start()
+
+
+async def test_without_a_table_asking_for_rpmsg_says_why() -> None:
+    async with _processor() as (processor, _):
+        with pytest.raises(StateError, match="it is offline"):
+            processor.rpmsg_device()
+        await processor.boot(Firmware(segments=(Segment(0, b"x", 1, 5),)))
+        assert processor.devices == ()
+        with pytest.raises(StateError, match="no resource table"):
+            processor.rpmsg_device()
+
+
+async def test_what_the_block_raises_comes_out_as_it_is() -> None:
+    with pytest.raises(KeyError):
+        async with open_processor(FakePlatform()) as processor:
+            await processor.boot(python_firmware())
+            raise KeyError("mine")
+
+
+async def test_cancelling_the_block_takes_the_core_down() -> None:
+    platform = FakePlatform()
+    with trio.move_on_after(0.05) as scope:
+        async with open_processor(platform) as processor:
+            await processor.boot(python_firmware())
+            await trio.sleep_forever()
+    assert scope.cancelled_caught and platform.closed
+    assert processor.state is ProcessorState.OFFLINE
+
+
+async def test_waiting_for_the_end_of_a_core_that_never_began_is_refused() -> None:
+    async with _processor(ProcessorState.READY) as (processor, _):
+        with pytest.raises(StateError, match="never started: the processor is ready"):
+            await processor.wait_exit()
