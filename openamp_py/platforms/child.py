@@ -30,6 +30,7 @@ def spawn(
             pass_fds=pass_fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C at the terminal is the host's business
         )
     except OSError as error:
         raise PlatformError(f"cannot run {command[0]}: {error.strerror}") from error

@@ -526,6 +526,8 @@ async def open_bus(
         try:
             if device.role is Role.DRIVER:
                 device.set_driver_ok()
+            # What came in before there was a bus has had its notification already.
+            bus.drain()
             yield bus
         finally:
             await bus.aclose()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from openamp_py.constants import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
-from openamp_py.errors import OpenAMPError
+from openamp_py.errors import OpenAMPError, ResourceTableError
 from openamp_py.memory import MemoryMap
 from openamp_py.virtio.shared import SharedU8, SharedU32
 from openamp_py.virtio.virtqueue import Role, Virtqueue
@@ -183,7 +183,8 @@ class VirtioDevice:
         """The virtqueue of one vring, not started; closed by the caller.
 
         Raises:
-            ValueError: there is no such vring, or its memory is not usable.
+            ValueError: there is no such vring.
+            ResourceTableError: it lies outside the memory.
         """
         if not 0 <= index < len(self.vrings):
             raise ValueError(f"{self.name} has {len(self.vrings)} vrings, no vring {index}")
@@ -191,7 +192,7 @@ class VirtioDevice:
         ring = self.memory.find_da(vring.da, vring.layout.size)
         name = f"{self.name} vring {index}"
         if ring is None:
-            raise ValueError(
+            raise ResourceTableError(
                 f"{name}: {vring.layout.size} bytes at {vring.da:#x} are not in memory: "
                 f"{self.memory}"
             )

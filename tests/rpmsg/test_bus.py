@@ -105,6 +105,34 @@ async def test_the_host_acknowledges_a_service_that_comes_later(open_pair: Any) 
             await remote.wait_bound()
 
 
+async def test_what_came_before_the_bus_was_up_is_not_lost() -> None:
+    """The host is done with its announcement before the remote opens its bus."""
+    host_is_done = trio.Event()
+    bound: list[int | None] = []
+
+    async def application(link: Link) -> None:
+        async with openamp_py.open_resources(link) as resources:
+            await host_is_done.wait()
+            await _settle()
+            async with (
+                openamp_py.open_bus(resources.rpmsg_device()) as bus,
+                bus.open_endpoint(NAME, announce=False) as endpoint,
+            ):
+                await endpoint.wait_bound()
+                bound.append(endpoint.destination)
+
+    with trio.fail_after(10):
+        async with openamp_py.open_processor(openamp_py.LoopbackPlatform(application)) as processor:
+            await processor.boot(python_firmware())
+            async with (
+                openamp_py.open_bus(processor.rpmsg_device()) as bus,
+                bus.open_endpoint(NAME) as endpoint,
+            ):
+                host_is_done.set()
+                await processor.wait_exit()
+                assert bound == [endpoint.address]
+
+
 async def test_a_peer_that_never_acknowledges_is_bound_by_its_first_message(open_pair: Any) -> None:
     async with (
         open_pair() as pair,

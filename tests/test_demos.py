@@ -1,0 +1,82 @@
+"""The demos as a reader runs them, and the README's example, which is one of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMOS = ROOT / "demos"
+LIMIT = 60.0
+
+GRACEFUL = "shutdown: graceful\n"
+OUTPUT = {
+    "hello.py": f"b'hello, core' from address 0x400\n{GRACEFUL}",
+    "echo.py": f"one\ntwo\nthree\n{GRACEFUL}",
+    "ping.py": f"480 payloads, 0 errors\n{GRACEFUL}",
+    "name_service.py": (
+        "announced: Channel(name='clock', address=1024)\n"
+        "answer: noon\n"
+        "withdrawn: clock\n"
+        "announced: Channel(name='lamp', address=7)\n"
+        "now there: lamp\n"
+    ),
+    "graceful_shutdown.py": (
+        "graceful; the processor is offline\n"
+        "hard (the remote did not leave within 0.3 s); the processor is offline\n"
+    ),
+    "matrix_multiply.py": f"200 products, 0 errors\n{GRACEFUL}",
+}
+
+
+def _command(demo: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(DEMOS / demo), *arguments]
+
+
+def _run(demo: str, *arguments: str) -> str:
+    done = subprocess.run(
+        _command(demo, *arguments), capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_every_demo_is_run() -> None:
+    assert {path.name for path in DEMOS.glob("*.py")} == set(OUTPUT)
+
+
+@pytest.mark.parametrize("demo", OUTPUT)
+def test_demo(demo: str) -> None:
+    assert _run(demo) == OUTPUT[demo]
+
+
+def test_ping_demo_on_every_core(core: str) -> None:
+    assert _run("ping.py", core) == OUTPUT["ping.py"]
+
+
+@pytest.mark.parametrize(
+    ("remote", "host", "output"),
+    [
+        (("echo.py",), ("ping.py",), OUTPUT["ping.py"]),
+        (
+            ("matrix_multiply.py", "remote"),
+            ("matrix_multiply.py", "host"),
+            OUTPUT["matrix_multiply.py"],
+        ),
+    ],
+)
+def test_demos_talk_over_a_link(
+    tmp_path: Path, remote: tuple[str, ...], host: tuple[str, ...], output: str
+) -> None:
+    url = f"shm:{tmp_path}/memory?doorbell=unix:{tmp_path}/bell"
+    with subprocess.Popen(_command(*remote, f"{url}&listen=1")) as process:
+        assert _run(*host, url) == output
+        assert process.wait(LIMIT) == 0
+
+
+def test_the_readmes_example_is_the_hello_demo() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert f"```python\n{(DEMOS / 'hello.py').read_text()}```" in readme
