@@ -43,9 +43,10 @@ struct message_ring {
 /* Driver, receiving end: lends all buffers to the device. Does not ask for a kick. */
 int32_t message_ring_fill(struct message_ring *ring);
 
-/* Sends one message, and with `more` 0 publishes it and those before it. Returns 1 when the
- * other side wants a kick, 0 when not, VQ_EMPTY without a free buffer, VQ_SMALL where the
- * device was lent one that is too small (kept for a shorter message), or VQ_BROKEN. */
+/* Sends one message, and with `more` 0 publishes it and those before it; with `more` 1 that is
+ * left to a later call or vq_publish. Returns 1 when the other side wants a kick, 0 when not,
+ * VQ_EMPTY without a free buffer, VQ_SMALL where the device was lent one that is too small (kept
+ * for a shorter message), or VQ_BROKEN. */
 int32_t message_ring_send(struct message_ring *ring, uint32_t src, uint32_t dst, const uint8_t *payload,
                           uint32_t length, int32_t more);
 
@@ -61,11 +62,12 @@ int32_t message_ring_send_many(struct message_ring *ring, uint32_t src, uint32_t
 int32_t message_ring_receive(struct message_ring *ring, struct message_record *records, uint8_t *data,
                              uint32_t max, int32_t give_back);
 
-/* Gives `count` received buffers back. Returns MESSAGE_KICK, 0, VQ_EMPTY for a head that is
- * not held (those before it are given back), or VQ_BROKEN. */
+/* Gives `count` received buffers back, each named once. Returns MESSAGE_KICK, 0, VQ_EMPTY where
+ * one is not held (nothing changes), or VQ_BROKEN. */
 int32_t message_ring_release(struct message_ring *ring, const uint16_t *heads, uint32_t count);
 
-/* Asks to be notified of a free buffer. Returns 1 when there is one already. */
+/* Asks to be notified of a free buffer. Returns 1 when there is one already, 0 when not, or
+ * VQ_BROKEN. */
 int32_t message_ring_want_buffer(struct message_ring *ring);
 
 /* cdef end */

@@ -6,8 +6,8 @@
  * The caller supplies all memory. The peer may write anything into the ring at
  * any time: each shared word is loaded once and checked, and what this side needs
  * to remember (free list, chain lengths, what is outstanding) is never read back
- * from shared memory. An impossible value sets `fault` and every later call
- * returns VQ_BROKEN. One thread at a time may work a virtqueue.
+ * from shared memory. An impossible value sets `fault` and every later call that
+ * returns a result returns VQ_BROKEN. One thread at a time may work a virtqueue.
  *
  * Reference: virtio 1.2, section 2.7 (split virtqueues).
  */
@@ -47,10 +47,9 @@ struct vq_span { /* one contiguous piece of a buffer */
 };
 
 struct vq_slot { /* private, one for each descriptor */
-    uint16_t next;     /* free list, driver only */
-    uint16_t state;    /* of the chain with this head: below */
-    uint32_t count;    /* descriptors of that chain */
-    uint32_t capacity; /* driver: bytes the device may write; device: bytes in all */
+    uint16_t next;   /* driver: the descriptor after this one, in its chain or the free list */
+    uint16_t state;  /* of the chain with this head: below */
+    uint32_t extent; /* of that chain; driver: in descriptors; device: in bytes */
 };
 
 #define VQ_SLOT_FREE 0
@@ -58,16 +57,18 @@ struct vq_slot { /* private, one for each descriptor */
 #define VQ_SLOT_HELD 2 /* driver: back from the device, and not free yet */
 
 struct vq {
-    uint8_t *ring; /* shared: descriptors, then available ring, then used ring */
+    uint8_t *ring;       /* shared: the descriptors, then */
+    uint16_t *available; /* flags, idx, ring[num], used_event: all u16; then */
+    uint16_t *used;      /* flags, idx: u16; elements[num] of 8 bytes; avail_event u16 */
     struct vq_slot *slots;
     const struct vq_region *regions;
     uint32_t region_count;
-    uint32_t used_offset;
     uint16_t num;
+    uint16_t mask; /* num - 1 */
     uint8_t driver;    /* 1: this side is the driver */
     uint8_t event_idx; /* notifications are suppressed by index instead of flag */
     uint8_t indirect;  /* indirect descriptors were negotiated */
-    uint8_t quiet;     /* this side asked not to be notified */
+    uint8_t quiet;     /* this side asked not to be notified, or its wish has lapsed */
     uint16_t next;      /* index this side publishes next */
     uint16_t published; /* index the other side can see */
     uint16_t seen;      /* entries of the other side's ring taken so far */
@@ -80,15 +81,12 @@ struct vq {
     uint64_t fault_limit;
 };
 
-/* Bytes of ring memory for `num` descriptors with the used ring at `used_offset`. */
-uint32_t vq_ring_size(uint32_t num, uint32_t used_offset);
-
-/* Starts from zero; the driver also clears the ring memory. */
+/* Starts from zero; the driver also clears the ring memory. Notifications are on. */
 void vq_start(struct vq *q);
 
 /* Continues with the indexes in memory. The next entry to take from the other side's
  * ring is `seen`: on the device normally its own used index (the chains after it are
- * taken anew), on the driver the used index up to which it had looked. */
+ * taken anew), on the driver the used index up to which it had looked. Notifications are on. */
 int32_t vq_attach(struct vq *q, uint16_t seen);
 uint16_t vq_available_index(const struct vq *q); /* as it stands in memory */
 uint16_t vq_used_index(const struct vq *q);
@@ -117,14 +115,16 @@ void vq_unget_available(struct vq *q, uint16_t head);
  * VQ_EMPTY where `head` is not outstanding (the caller's mistake; nothing changes). */
 int32_t vq_put_used(struct vq *q, uint16_t head, uint32_t length);
 
-/* Makes all that was added or put visible. Returns 1 when the other side wants a kick. */
+/* Makes all that was added or put visible. Returns 1 when the other side wants a kick, 0 when
+ * not, or VQ_BROKEN. */
 int32_t vq_publish(struct vq *q);
 
-/* Whether the other side's ring holds something not yet taken. */
+/* 1 when the other side's ring holds something not yet taken, 0 when not, or VQ_BROKEN. */
 int32_t vq_pending(const struct vq *q);
 
 /* Notifications this side gets. vq_notify_on returns 1 when something came in meanwhile,
- * which will not be notified. */
+ * which will not be notified, 0 when not, or VQ_BROKEN. With EVENT_IDX the wish is for the next
+ * entry alone: it lapses once that is taken. */
 void vq_notify_off(struct vq *q);
 int32_t vq_notify_on(struct vq *q);
 

@@ -55,6 +55,14 @@ class MemoryMap:
                 return region.view[offset : offset + size]
         return None
 
+    def find_pa(self, pa: int, size: int) -> memoryview | None:
+        """The `size` bytes at physical address `pa`, or None where they are not in one region."""
+        for region in self.regions:
+            offset = pa - region.pa
+            if offset >= 0 and offset + size <= region.size:
+                return region.view[offset : offset + size]
+        return None
+
     def pa_of(self, da: int) -> int:
         """The physical address of a device address that lies in a region."""
         for region in self.regions:
@@ -84,7 +92,8 @@ class Arena:
 
     def release(self, da: int, size: int) -> None:
         """Gives back a range that `reserve` or `allocate` took."""
-        self._taken.remove((da, da + size))
+        if size:
+            self._taken.remove((da, da + size))
 
     def allocate(self, size: int, align: int) -> int | None:
         """Takes the lowest free range and returns its device address, or None without room."""
@@ -126,8 +135,14 @@ class SharedMemory:
     @classmethod
     def create(cls, name: str, size: int) -> SharedMemory:
         """New zeroed memory without a name in the file system (memfd)."""
+        if size < 1:
+            raise ValueError(f"shared memory of {size} bytes; at least 1 is needed")
         fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.ftruncate(fd, size)
+        try:
+            os.ftruncate(fd, size)
+        except OSError:
+            os.close(fd)
+            raise
         return cls(fd)
 
     def region(self, name: str, da: int) -> Region:

@@ -201,21 +201,20 @@ class Bus:
         Cancellation: nothing was sent.
         """
         waited = False
-        # The wish comes before the look, so a buffer that is freed in between is notified.
-        while not (
-            (waited or not self._senders_wait())
-            and self._sending.want_buffer()
-            and self._try_send(endpoint.address, destination, payload)
-        ):
-            await self._senders.park()
-            waited = True
-            self._sender_woken = False
-            try:
+        try:
+            # The wish comes before the look, so a buffer that is freed in between is notified.
+            while not (
+                (waited or not self._senders_wait())
+                and self._want_buffer()
+                and self._try_send(endpoint.address, destination, payload)
+            ):
                 endpoint.check_usable()
-            except (trio.ClosedResourceError, trio.BrokenResourceError):
-                self._senders_may_go()
-                raise
-        self._senders_may_go()
+                await self._senders.park()
+                waited = True
+                self._sender_woken = False
+                endpoint.check_usable()
+        finally:
+            self._senders_may_go()
         if not waited:
             await trio.lowlevel.cancel_shielded_checkpoint()
 
@@ -278,6 +277,14 @@ class Bus:
             self._device.kick(self._send_index)
         return True
 
+    def _want_buffer(self) -> bool:
+        """Asks to be notified of a free buffer. Returns whether there is one already."""
+        try:
+            return self._sending.want_buffer()
+        except VirtqueueError as error:
+            self._fail(error)
+            return False
+
     def _senders_wait(self) -> bool:
         """Whether someone has to be let go first: parked, or woken and about to run."""
         return self._sender_woken or bool(self._senders)
@@ -290,7 +297,7 @@ class Bus:
             self._sending.queue.notify_off()
         elif self.failure is not None:
             self._senders.unpark_all()
-        elif self._senders and self._sending.want_buffer():
+        elif self._senders and self._want_buffer():
             self._sender_woken = True
             self._senders.unpark()
 
@@ -395,7 +402,7 @@ class Bus:
             while self._replies and self.failure is None:
                 endpoint = self._replies[0]
                 if endpoint.is_announced:
-                    if not self._sending.want_buffer():
+                    if not self._want_buffer():
                         return  # and a notification will come
                     self._try_send(endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement())
                 self._replies.popleft()

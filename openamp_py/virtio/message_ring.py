@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from openamp_py.virtio._ring import ffi, lib
 from openamp_py.virtio.virtqueue import Role, Virtqueue
@@ -18,9 +18,9 @@ MAX_BUFFER_SIZE: Final = HEADER_SIZE + 0xFFFF
 # struct message_record of message_ring.h: src, dst, offset u32; length, flags, head, pad u16
 _RECORD = struct.Struct("<IIIHHHH")
 
-# Messages taken in one call: enough to make the call itself cheap, few enough that the other
-# tasks get their turn (a call takes some 10 us when full).
-_BATCH = 64
+BATCH: Final = 64
+"""Most messages taken in one call: enough to make the call itself cheap, few enough that the
+other tasks get their turn (a call takes some 10 us when full)."""
 
 Received = tuple[int, int, int, bytes]
 """One received message: source, destination, head (for `release`), payload."""
@@ -75,12 +75,19 @@ class MessageRing:
             queue.attach()
         if sender:
             queue.notify_off()
-        self._batch = max(1, min(_BATCH, num))
+        self._batch = max(1, min(BATCH, num))
         if not sender:
             self._records = ffi.new("struct message_record[]", self._batch)
             self._record_bytes = ffi.buffer(self._records)
             self._data = ffi.new("uint8_t[]", self._batch * (buffer_size - HEADER_SIZE))
             self._data_bytes = ffi.buffer(self._data)
+
+    @property
+    def handle(self) -> Any:
+        """The C structure, for the other wrappers on this floor."""
+        if self._ring is None:
+            raise ValueError(f"{self.queue.name} is closed")
+        return self._ring
 
     @property
     def payload_limit(self) -> int:
@@ -133,18 +140,20 @@ class MessageRing:
         """Gives received buffers back. Returns whether the other side wants a kick.
 
         Raises:
-            ValueError: a head is not held; those before it were given back.
+            ValueError: a head is not held or named twice; nothing was given back.
         """
+        if len(set(heads)) < len(heads) or not all(0 <= h < self.queue.layout.num for h in heads):
+            raise ValueError(f"{self.queue.name}: of the buffers {list(heads)} one is not held")
         result = self.queue.result(
             lib.message_ring_release(self._ring, ffi.new("uint16_t[]", list(heads)), len(heads))
         )
         if result < 0:
-            raise ValueError(f"{self.queue.name}: one of the buffers {list(heads)} is not held")
+            raise ValueError(f"{self.queue.name}: of the buffers {list(heads)} one is not held")
         return bool(result)
 
     def want_buffer(self) -> bool:
         """Asks to be notified of a free buffer. Returns whether there is one already."""
-        return bool(lib.message_ring_want_buffer(self._ring))
+        return bool(self.queue.result(lib.message_ring_want_buffer(self._ring)))
 
     def close(self) -> None:
         """Lets go of the shared memory. Idempotent."""

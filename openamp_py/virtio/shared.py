@@ -20,8 +20,10 @@ class SharedU8:
         lib.shared_store_u8(self._word, value)
 
     def close(self) -> None:
-        """Lets go of the memory. Idempotent."""
-        ffi.release(self._word)
+        """Lets go of the memory. Idempotent; using it afterwards is a TypeError."""
+        if self._word is not None:
+            ffi.release(self._word)
+            self._word = None  # which C is not given: it would touch memory that may be gone
 
 
 class SharedU32:
@@ -41,5 +43,7 @@ class SharedU32:
         lib.shared_store_u32(self._word, value)
 
     def close(self) -> None:
-        """Lets go of the memory. Idempotent."""
-        ffi.release(self._word)
+        """Lets go of the memory. Idempotent; using it afterwards is a TypeError."""
+        if self._word is not None:
+            ffi.release(self._word)
+            self._word = None  # which C is not given: it would touch memory that may be gone

@@ -43,7 +43,7 @@ class Chain:
 _FAULTS = {
     1: "its index jumped by {0} entries, at most {1} were possible",
     2: "it named descriptor {0} as the head of a chain; there are {1}",
-    3: "it named descriptor {0}, which is not in the state for that",
+    3: "it named descriptor {0}, which is not its to give: not outstanding, or already given",
     4: "a descriptor's next is {0}; its table has {1} entries",
     5: "a chain has {0} descriptors or more, at most {1} are allowed: a loop?",
     6: "a descriptor points at {0:#x} for {1} bytes, which is not in shared memory",
@@ -62,7 +62,8 @@ class Virtqueue:
 
     Args:
         layout: the vring's shape.
-        ring: the vring's bytes, at least ``layout.size``, aligned to ``layout.align``.
+        ring: the vring's bytes, at least ``layout.size``, aligned to ``layout.align`` and to 8
+            (descriptors hold u64 addresses).
         memory: where the buffers may lie (their physical addresses are checked against it).
         role: this side's end.
         event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
@@ -88,9 +89,11 @@ class Virtqueue:
         self.layout = layout
         self.role = role
         self.name = name
+        self._memory = memory
         self._ring = ffi.from_buffer("uint8_t[]", ring, True)
         address = int(ffi.cast("uintptr_t", self._ring))
-        alignment = min(layout.align, 4096)  # a mapping is not aligned to more than a page
+        # A mapping is not aligned to more than a page.
+        alignment = max(8, min(layout.align, 4096))
         if address % alignment:
             ffi.release(self._ring)
             raise ValueError(f"{name}: the vring's memory is not aligned to {alignment} bytes")
@@ -103,11 +106,13 @@ class Virtqueue:
         self._number = ffi.new("uint32_t *")
         self._q = ffi.new("struct vq *")
         self._q.ring = self._ring
+        self._q.available = ffi.cast("uint16_t *", self._ring + layout.available_offset)
+        self._q.used = ffi.cast("uint16_t *", self._ring + layout.used_offset)
         self._q.slots = self._slots
         self._q.regions = self._regions
         self._q.region_count = len(memory.regions)
-        self._q.used_offset = layout.used_offset
         self._q.num = layout.num
+        self._q.mask = layout.num - 1
         self._q.driver = role is Role.DRIVER
         self._q.event_idx = event_idx
         self._q.indirect = indirect
@@ -145,6 +150,8 @@ class Virtqueue:
             VirtqueueError: the indexes contradict each other.
         """
         start = self.used_index if seen is None else seen
+        if not 0 <= start <= 0xFFFF:
+            raise ValueError(f"{self.name}: an index of {start}; 0 to 65535 are possible")
         self.result(lib.vq_attach(self.handle, start))
 
     def add(
@@ -161,6 +168,9 @@ class Virtqueue:
         spans = [*readable, *writable]
         if not 1 <= len(spans) <= self.layout.num:
             raise ValueError(f"a chain of {len(spans)} spans; 1 to {self.layout.num} are possible")
+        for pa, length in spans:
+            if not (0 <= pa < 1 << 64 and 0 <= length < 1 << 32):
+                raise ValueError(f"a span of {length} bytes at {pa:#x}; a u32 at a u64 is possible")
         chain = ffi.new("struct vq_span[]", [(pa, ffi.NULL, length, 0) for pa, length in spans])
         head = self.result(lib.vq_add(self.handle, chain, len(readable), len(writable)))
         return None if head < 0 else head
@@ -172,20 +182,13 @@ class Virtqueue:
         return None if head < 0 else (head, int(self._number[0]))
 
     def get_available(self) -> Chain | None:
-        """Device: takes one chain, or None. Its views die with the shared memory."""
+        """Device: takes one chain, or None."""
         self._check_role(Role.DEVICE)
         number = self._number
         head = self.result(lib.vq_get_available(self.handle, self._spans, self.layout.num, number))
         if head < 0:
             return None
-        spans = (self._spans[i] for i in range(number[0]))
-        return Chain(
-            head,
-            tuple(
-                Span(s.pa, memoryview(ffi.buffer(s.base, s.length)), bool(s.writable))
-                for s in spans
-            ),
-        )
+        return Chain(head, tuple(self._span(self._spans[i]) for i in range(number[0])))
 
     def put_used(self, head: int, length: int) -> None:
         """Device: gives a chain back with the number of bytes written; seen after `publish`.
@@ -194,6 +197,8 @@ class Virtqueue:
             ValueError: no chain with this head is out.
         """
         self._check_role(Role.DEVICE)
+        if not 0 <= length < 1 << 32:
+            raise ValueError(f"{self.name}: {length} bytes written; a u32 is possible")
         if not 0 <= head < self.layout.num or self.result(
             lib.vq_put_used(self.handle, head, length)
         ):
@@ -201,12 +206,12 @@ class Virtqueue:
 
     def publish(self) -> bool:
         """Makes what was added or put visible. Returns whether the other side wants a kick."""
-        return bool(lib.vq_publish(self.handle))
+        return bool(self.result(lib.vq_publish(self.handle)))
 
     @property
     def pending(self) -> bool:
         """Whether the other side's ring holds an entry not yet taken."""
-        return bool(lib.vq_pending(self.handle))
+        return bool(self.result(lib.vq_pending(self.handle)))
 
     def notify_off(self) -> None:
         """Asks the other side not to kick."""
@@ -214,7 +219,7 @@ class Virtqueue:
 
     def notify_on(self) -> bool:
         """Asks for kicks. Returns whether something came in meanwhile, which brings none."""
-        return bool(lib.vq_notify_on(self.handle))
+        return bool(self.result(lib.vq_notify_on(self.handle)))
 
     def result(self, value: int) -> int:
         """Passes a C result through; raises for a broken queue."""
@@ -232,6 +237,11 @@ class Virtqueue:
             self._closed = True
             for base in (self._ring, *self._bases):
                 ffi.release(base)
+
+    def _span(self, span: Any) -> Span:
+        view = self._memory.find_pa(span.pa, span.length)
+        assert view is not None, "translated before"
+        return Span(span.pa, view, bool(span.writable))
 
     def _check_open(self) -> None:
         if self._closed:
