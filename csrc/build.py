@@ -51,7 +51,7 @@ class BuildCompiled(build_ext):
         sources = [f"csrc/{concern}.c" for concern in CONCERNS]
         ext.sources = [str(wrapper), *sources]
         ext.include_dirs = [str(CSRC)]
-        ext.depends = [str(CSRC / f"{concern}.h") for concern in CONCERNS]
+        ext.depends = [str(header) for header in CSRC.glob("*.h")]
         ext.extra_compile_args = [*COMPILE_FLAGS, *WRAPPER_FLAGS]
         super().build_extension(ext)
         # What is generated is not a source: setuptools lists these in the sdist.

@@ -22,12 +22,14 @@ async def open_background() -> AsyncIterator[trio.Nursery]:
             finally:
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        if len(group.exceptions) > 1:
+        # A cancellation from outside is still under way whatever we raise here.
+        _, rest = group.split(trio.Cancelled)
+        if rest is None or len(rest.exceptions) > 1:
             raise
-        error = group.exceptions[0]
+        error = rest.exceptions[0]
         context = error.__context__
         try:
             raise error
         finally:
             error.__context__ = context
-            del error, context
+            del error, context, rest

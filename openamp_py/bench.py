@@ -43,7 +43,7 @@ from openamp_py.platforms import (
 )
 from openamp_py.platforms.demo import python_firmware
 from openamp_py.platforms.native import NativeCore, shipped_echo
-from openamp_py.platforms.process import URL, ProcessCore
+from openamp_py.platforms.process import URL, ProcessCore, module_command
 from openamp_py.remoteproc import (
     Link,
     Platform,
@@ -306,7 +306,7 @@ async def open_c(core: str) -> AsyncIterator[CContender]:
     if core == "loopback":
         platform = LoopbackPlatform(application)
     elif core == "process":
-        platform = ProcessPlatform((sys.executable, "-m", "openamp_py.bench", URL))
+        platform = ProcessPlatform(module_command("openamp_py.bench", URL))
     else:
         platform, image = NativePlatform(), shipped_echo()
     async with open_processor(platform) as processor:

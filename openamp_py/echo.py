@@ -32,6 +32,8 @@ async def serve_echo(link: Link, channel: str = ECHO_CHANNEL) -> None:
     Raises:
         ResourceTableError: the table on the link has no RPMsg device, or is malformed.
         PlatformError: the link cannot be made.
+        PeerGoneError: the host left before the link was up.
+        trio.BrokenResourceError: the host broke a ring (the cause says how).
     """
     farewell = _FAREWELL.get(channel)
     async with open_resources(link) as resources:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import mmap
 import os
@@ -87,8 +88,7 @@ class Arena:
     def reserve(self, da: int, size: int) -> None:
         """Takes a given range; ranges may overlap."""
         if size:
-            self._taken.append((da, da + size))
-            self._taken.sort()
+            bisect.insort(self._taken, (da, da + size))
 
     def release(self, da: int, size: int) -> None:
         """Gives back a range that `reserve` or `allocate` took."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from openamp_py.echo import serve_echo
-from openamp_py.errors import CoreDiedError
+from openamp_py.errors import CoreDiedError, VirtqueueError
 from openamp_py.platforms import (
     LoopbackPlatform,
     NativePlatform,
@@ -59,15 +59,26 @@ class Session:
         """Asks the remote to leave, waits for it, and shuts the processor down.
 
         Sends SHUTDOWN_MSG and discards what is still to be received, until the remote has
-        acknowledged, withdrawn its service and ended. A remote that does not manage that within
-        `grace` seconds, or dies on the way, is shut down hard.
+        acknowledged or withdrawn its service, and its core has ended. A remote that does not
+        manage that within `grace` seconds, or dies on the way, is shut down hard; so is one
+        that cannot be asked, because `endpoint` is closed or another task receives on it.
+
+        Raises:
+            ValueError: `grace` is not a time.
 
         Cancellation: the processor is shut down hard.
         """
-        reason: str | None = f"the remote did not leave within {grace} s"
+        if not 0 <= grace < float("inf"):
+            raise ValueError(f"a grace of {grace} s; zero or more seconds are possible")
+        asked = endpoint.is_bound
+        reason: str | None = None
         try:
-            with trio.move_on_after(grace):
+            with trio.move_on_after(grace) as scope:
                 reason = await self._ask_to_leave(endpoint)
+            if scope.cancelled_caught:
+                reason = f"the remote did not leave within {grace} s"
+                if not (asked or endpoint.is_bound):
+                    reason = f"no service was bound within {grace} s, so nobody could be asked"
         finally:
             if self.processor is not None:
                 with trio.CancelScope(shield=True):
@@ -76,20 +87,38 @@ class Session:
 
     async def _ask_to_leave(self, endpoint: Endpoint) -> str | None:
         """Returns why it was not graceful, or None."""
-        acknowledged = False
         try:
-            await endpoint.send(SHUTDOWN_REQUEST)
-            async for message in endpoint:
-                acknowledged = acknowledged or message.payload == SHUTDOWN_REQUEST
-            acknowledged = True  # the service was withdrawn: OpenAMP's only answer
+            acknowledged = await _wait_acknowledgement(endpoint)
             if self.processor is not None:
                 await self.processor.wait_exit()
-        except CoreDiedError as error:
+        except (CoreDiedError, VirtqueueError, trio.ClosedResourceError) as error:
             return str(error)
-        except trio.BrokenResourceError as error:
-            if isinstance(error.__cause__, CoreDiedError) or not acknowledged:
-                return str(error.__cause__)
-        return None
+        except trio.BusyResourceError as error:
+            return f"the remote could not be asked: {error}"
+        return None if acknowledged else "the remote left without acknowledging"
+
+
+async def _wait_acknowledgement(endpoint: Endpoint) -> bool:
+    """Asks, and waits for an answer or the end of the service.
+
+    Returns:
+        Whether it answered, or withdrew the service, which is all that OpenAMP's programs do.
+
+    Raises:
+        CoreDiedError: the core died instead.
+        VirtqueueError: the remote broke a ring instead.
+    """
+    acknowledged = False
+    try:
+        if not endpoint.is_withdrawn:
+            await endpoint.send(SHUTDOWN_REQUEST)
+        async for message in endpoint:
+            acknowledged = acknowledged or message.payload == SHUTDOWN_REQUEST
+        return True
+    except trio.BrokenResourceError as error:
+        if isinstance(error.__cause__, CoreDiedError | VirtqueueError):
+            raise error.__cause__ from None
+        return acknowledged or endpoint.is_withdrawn
 
 
 @asynccontextmanager
@@ -106,33 +135,45 @@ async def open_session(
 
     Raises:
         ValueError: the core's name, or the URL.
-        FirmwareError: the image cannot be used.
+        FirmwareError: the image cannot be used, or its table describes no RPMsg device.
+        StateError: the image has no resource table.
         PlatformError: the core cannot be started, or the link cannot be made.
-        StateError: the firmware has no RPMsg device.
+        trio.BrokenResourceError: the remote was gone before the bus was up.
     """
     if isinstance(core, str) and core not in CORES:
-        address = _parse_address(core)
-        if image is not None:
-            raise ValueError(f"core {core} runs already: it takes no firmware")
-        with contextlib.closing(ShmLink(address)) as link:
+        with contextlib.closing(ShmLink(_parse_address(core, image))) as link:
             async with (
                 open_resources(link, Role.DRIVER) as resources,
                 open_bus(resources.rpmsg_device()) as bus,
             ):
                 yield Session(bus, None)
         return
-    platform = _create_platform(core) if isinstance(core, str) else core
-    if image is None:
-        image = shipped_echo() if isinstance(platform, NativePlatform) else python_firmware()
-    async with open_processor(platform) as processor:
+    async with open_processor(
+        _create_platform(core) if isinstance(core, str) else core
+    ) as processor:
+        if image is None:
+            native = isinstance(processor.platform, NativePlatform)
+            image = shipped_echo() if native else python_firmware()
         await processor.boot(image)
         async with open_bus(processor.rpmsg_device()) as bus:
             yield Session(bus, processor)
 
 
-def _parse_address(core: str) -> ShmAddress:
+def check_core(core: str, image: Image | None) -> None:
+    """Whether `open_session` knows what these mean; nothing is opened.
+
+    Raises:
+        ValueError: the core's name or URL, or firmware for a peer that runs already.
+    """
+    if core not in CORES:
+        _parse_address(core, image)
+
+
+def _parse_address(core: str, image: Image | None) -> ShmAddress:
     if ":" not in core:
         raise ValueError(f"unknown core {core!r}; there are {', '.join(CORES)}, and shm: URLs")
+    if image is not None:
+        raise ValueError(f"core {core} runs already: it takes no firmware")
     return ShmAddress.parse(core)
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 MAX_NUM = 32768
 """Largest number of entries (virtio 1.2, 2.7)."""
 
+MIN_ALIGN = 4
+"""Alignment that a used ring needs (virtio 1.2, 2.7)."""
+
 _DESCRIPTOR_SIZE = 16
 _USED_ELEMENT_SIZE = 8
 
@@ -26,8 +29,10 @@ class VringLayout:
     def __post_init__(self) -> None:
         if not 1 <= self.num <= MAX_NUM or self.num & (self.num - 1):
             raise ValueError(f"vring of {self.num} entries; it must be a power of two <= {MAX_NUM}")
-        if self.align < 4 or self.align & (self.align - 1):
-            raise ValueError(f"vring alignment {self.align}; it must be a power of two >= 4")
+        if self.align < MIN_ALIGN or self.align & (self.align - 1):
+            raise ValueError(
+                f"vring alignment {self.align}; it must be a power of two >= {MIN_ALIGN}"
+            )
 
     @property
     def available_offset(self) -> int:

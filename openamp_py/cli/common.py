@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import trio
 
+from openamp_py.errors import PeerError
+
 DONE, FAILED, USAGE = 0, 1, 2
 """Exit codes: done; the peer, the firmware or the platform failed; used wrongly."""
 
@@ -35,9 +37,16 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except trio.BrokenResourceError as error:
-        if error.__cause__ is None:
-            raise
-        raise error.__cause__ from None
+        raise error.__cause__ or PeerError(str(error)) from None
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Takes a bad value for a mistake of whoever typed it."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 class Progress:

@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("openamp_py").setLevel(logging.DEBUG if options.verbose else logging.ERROR)
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: the shell closed it
+            sys.stdout.flush()
     except UsageError as error:
         return _say(options, error, USAGE)
     except BrokenPipeError:

@@ -25,11 +25,13 @@ from openamp_py.cli.common import (
     plain_errors,
     positive_int,
     seconds,
+    usage_errors,
 )
 from openamp_py.constants import ECHO_CHANNEL
 from openamp_py.errors import OpenAMPError, PeerError
 from openamp_py.rpmsg import Endpoint
-from openamp_py.session import CORES, Session, Shutdown, open_session
+from openamp_py.rpmsg.wire import check_name
+from openamp_py.session import CORES, Session, Shutdown, check_core, open_session
 
 # Payload of the echo demo: number u64, size u64, then `size` bytes of the pattern.
 _PREFIX = struct.Struct("<QQ")
@@ -139,16 +141,14 @@ class _Result:
 def _run(options: argparse.Namespace) -> int:
     if options.size < 0:
         raise UsageError(f"--size {options.size}; it cannot be negative")
+    with usage_errors():
+        check_core(options.core, options.firmware)
+        check_name(options.channel)
     result = _Result()
     error: OpenAMPError | OSError | None = None
     try:
         with plain_errors():
             trio.run(_ping, options, result)
-    except ValueError as mistake:
-        if isinstance(mistake, OpenAMPError):
-            error = mistake
-        else:
-            raise UsageError(str(mistake)) from mistake
     except (OpenAMPError, OSError) as problem:
         error = problem
     if options.json:
@@ -188,7 +188,7 @@ async def _ping(options: argparse.Namespace, result: _Result) -> None:
 def _check_size(options: argparse.Namespace, endpoint: Endpoint) -> None:
     limit = endpoint.payload_limit - _PREFIX.size
     if options.size > limit:
-        raise ValueError(f"--size {options.size} is too large; the limit on this link is {limit}")
+        raise UsageError(f"--size {options.size} is too large; the limit on this link is {limit}")
 
 
 async def _ping_until_interrupted(
@@ -198,14 +198,15 @@ async def _ping_until_interrupted(
     result: _Result,
     progress: Progress,
 ) -> None:
-    """Pings, and shuts down gracefully also after Ctrl-C."""
+    """Pings, and shuts down gracefully also after Ctrl-C; a second one makes it hard."""
     with trio.open_signal_receiver(signal.SIGINT) as signals:
         async with open_background() as nursery:
-            pinging = trio.CancelScope()
+            pinging, leaving = trio.CancelScope(), trio.CancelScope()
 
             async def interrupt() -> None:
-                async for _ in signals:
-                    pinging.cancel()
+                for scope in (pinging, leaving):
+                    await anext(signals)
+                    scope.cancel()
 
             nursery.start_soon(interrupt)
             try:
@@ -214,7 +215,11 @@ async def _ping_until_interrupted(
             except (trio.BrokenResourceError, PeerError) as error:
                 result.shutdown = Shutdown(False, str(error.__cause__ or error))
                 raise
-            result.shutdown = await session.shutdown(endpoint, grace=options.grace)
+            result.shutdown = Shutdown(False, "it was interrupted")
+            with leaving:
+                result.shutdown = await session.shutdown(endpoint, grace=options.grace)
+    if not (result.shutdown.graceful or leaving.cancelled_caught):
+        raise PeerError(f"the shutdown was hard: {result.shutdown.reason}")
 
 
 async def _exchange(
@@ -228,7 +233,11 @@ async def _exchange(
         begin = time.perf_counter()
         await endpoint.send(payload)
         result.sent += 1
-        reply = await _reply(endpoint, number, options.wait)
+        try:
+            reply = await _reply(endpoint, number, options.wait)
+        except trio.Cancelled:
+            result.sent -= 1  # interrupted: neither answered nor lost
+            raise
         if reply is None:
             silent += 1
             if silent == _SILENT_LIMIT:

@@ -7,11 +7,11 @@ import contextlib
 
 import trio
 
-from openamp_py.cli.common import DONE, Subparsers, UsageError, plain_errors
+from openamp_py.cli.common import DONE, Subparsers, plain_errors, usage_errors
 from openamp_py.constants import ECHO_CHANNEL
 from openamp_py.echo import serve_echo
-from openamp_py.errors import OpenAMPError
 from openamp_py.platforms import ShmAddress, ShmLink
+from openamp_py.rpmsg.wire import check_name
 
 DEFAULT_LINK = "shm:/dev/shm/openamp.shm?doorbell=unix:/tmp/openamp.event.0&listen=1"
 """Where OpenAMP's own demo programs expect their server."""
@@ -37,12 +37,9 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    try:
+    with usage_errors():
         address = ShmAddress.parse(options.core)
-        with contextlib.closing(ShmLink(address)) as link, plain_errors():
-            trio.run(serve_echo, link, options.channel)
-    except ValueError as error:
-        if isinstance(error, OpenAMPError):
-            raise
-        raise UsageError(str(error)) from error
+        check_name(options.channel)
+    with contextlib.closing(ShmLink(address)) as link, plain_errors():
+        trio.run(serve_echo, link, options.channel)
     return DONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -33,7 +34,7 @@ def spawn(
             process_group=0,  # Ctrl-C at the terminal is the host's business
         )
     except OSError as error:
-        raise PlatformError(f"cannot run {command[0]}: {error.strerror}") from error
+        raise PlatformError(f"cannot run {command[0]}: {error.strerror or error}") from error
 
 
 async def run_child(
@@ -46,8 +47,9 @@ async def run_child(
 
     Cancellation: the child is killed and reaped.
     """
-    pidfd = os.pidfd_open(process.pid)
+    pidfd = -1
     try:
+        pidfd = os.pidfd_open(process.pid)
         task_status.started()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(doorbell.run, notified)
@@ -56,12 +58,20 @@ async def run_child(
         # What it wrote last may have come without a kick that was heard.
         notified()
     finally:
-        os.close(pidfd)
-        process.kill()
+        if pidfd >= 0:
+            os.close(pidfd)
+        # The child leads a group of its own; what it started goes with it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def killed(what: str, returncode: int) -> CoreCrashedError:
     """The error for a child that a signal ended."""
-    number = signal.Signals(-returncode)
-    return CoreCrashedError(f"{what} died of {number.name}", exit_code=returncode, signal=number)
+    number = -returncode
+    known = number in signal.Signals.__members__.values()
+    return CoreCrashedError(
+        f"{what} died of {signal.Signals(number).name if known else f'signal {number}'}",
+        exit_code=returncode,
+        signal=signal.Signals(number) if known else None,
+    )

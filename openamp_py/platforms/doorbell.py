@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import trio
 
+from openamp_py.errors import PlatformError
+
 # Bytes are hints and coalesce; this many are taken away at once.
 _BYTES = 4096
 
@@ -56,3 +58,30 @@ class Doorbell:
     def close(self) -> None:
         """Closes this end. Idempotent."""
         self._socket.close()
+
+
+class DoorbellLink:
+    """What links over a doorbell have in common.
+
+    Attributes:
+        doorbell: this side's end of the doorbell, once there is one.
+    """
+
+    doorbell: Doorbell | None = None
+
+    def kick(self, notify_id: int) -> None:
+        """Wakes the other side."""
+        if self.doorbell is not None:
+            self.doorbell.kick(notify_id)
+
+
+def create_pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a doorbell: ours, and one for a child process.
+
+    Raises:
+        PlatformError: there are no descriptors left.
+    """
+    try:
+        return socket.socketpair()
+    except OSError as error:
+        raise PlatformError(f"no doorbell can be made: {error.strerror}") from error

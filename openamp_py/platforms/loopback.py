@@ -132,9 +132,20 @@ class LoopbackCore:
             try:
                 await self._application(remote)
             except Exception as error:
-                crash = CoreCrashedError(f"the core's application raised {error!r}")
-                crash.__cause__ = error
+                crash = _crash(error)
+            except BaseExceptionGroup as group:
+                cancelled, rest = group.split(trio.Cancelled)
+                if cancelled is not None:
+                    raise cancelled from None
+                assert rest is not None, "no group is empty"
+                crash = _crash(rest)
             notified()
             nursery.cancel_scope.cancel()
         if crash is not None:
             raise crash
+
+
+def _crash(error: BaseException) -> CoreCrashedError:
+    crash = CoreCrashedError(f"the core's application raised {error!r}")
+    crash.__cause__ = error
+    return crash

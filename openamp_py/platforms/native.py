@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform as host_machine
 import signal
-import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from openamp_py.errors import (
 )
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms.child import killed, run_child, spawn
-from openamp_py.platforms.doorbell import Doorbell
+from openamp_py.platforms.doorbell import Doorbell, DoorbellLink, create_pair
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.virtio import Handshake
 
@@ -88,12 +87,11 @@ class NativePlatform:
         self._shared.close()
 
 
-class NativeCore:
+class NativeCore(DoorbellLink):
     """One boot of the native core: a child process, its doorbell and its last words.
 
     Attributes:
         pid: the child, once it was started.
-        doorbell: this side's end of the doorbell, from then on.
     """
 
     name = "native core"
@@ -107,12 +105,6 @@ class NativeCore:
         self._fd = fd
         self._window = window
         self._entry = firmware.entry
-        self.doorbell: Doorbell | None = None
-
-    def kick(self, notify_id: int) -> None:
-        """Wakes the core."""
-        if self.doorbell is not None:
-            self.doorbell.kick(notify_id)
 
     async def run(
         self,
@@ -122,34 +114,28 @@ class NativeCore:
     ) -> None:
         """Boots the core and listens to it until it ends. See `Link.run`."""
         with contextlib.ExitStack() as stack:
-            ours, theirs = socket.socketpair()
+            ours, theirs = create_pair()
+            stack.callback(theirs.close)
             self.doorbell = Doorbell(ours)
             stack.callback(self.doorbell.close)
-            last_words, report = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            stack.callback(os.close, last_words)
+            # A report fits a memfd as well as a pipe, and is still there after any death.
+            report = os.memfd_create("openamp-report", os.MFD_CLOEXEC)
             stack.callback(os.close, report)
-            with contextlib.closing(theirs):
-                process = spawn(
-                    [
-                        shipped.path("native-core"),
-                        str(self._fd),
-                        str(theirs.fileno()),
-                        str(report),
-                        hex(self._entry),
-                        self._window,
-                    ],
-                    pass_fds=(self._fd, theirs.fileno(), report),
-                )
+            process = spawn(
+                [
+                    shipped.path("native-core"),
+                    str(self._fd),
+                    str(theirs.fileno()),
+                    str(report),
+                    hex(self._entry),
+                    self._window,
+                ],
+                pass_fds=(self._fd, theirs.fileno(), report),
+            )
+            theirs.close()
             self.pid = process.pid
             await run_child(process, self.doorbell, notified, task_status)
-            _judge(process.returncode, _read_report(last_words))
-
-
-def _read_report(fd: int) -> bytes:
-    try:
-        return os.read(fd, _REPORT.size)
-    except BlockingIOError:
-        return b""
+            _judge(process.returncode, os.pread(report, _REPORT.size, 0))
 
 
 def _judge(returncode: int, report: bytes) -> None:
@@ -163,20 +149,22 @@ def _judge(returncode: int, report: bytes) -> None:
     if len(report) == _REPORT.size:
         kind, _number, code, _pad, address, pc, _sp, text = _REPORT.unpack(report)
     if returncode < 0:
-        number = signal.Signals(-returncode)
-        if kind != _FAULT:
-            raise killed("the core", returncode)
-        if number is signal.SIGSYS:
-            detail = f"system call {address} is not allowed to firmware"
-        else:
-            detail = f"at address {address:#x}"
-        raise CoreCrashedError(
-            f"the core died of {number.name} {detail} (pc {pc:#x})",
-            exit_code=returncode,
-            signal=number,
-            address=address,
-            pc=pc,
-        )
+        error = killed("the core", returncode)
+        if kind == _FAULT:
+            refused = error.signal is signal.SIGSYS
+            detail = (
+                f"system call {address} is not allowed to firmware"
+                if refused
+                else f"at address {address:#x}"
+            )
+            raise CoreCrashedError(
+                f"{error} {detail} (pc {pc:#x})",
+                exit_code=returncode,
+                signal=error.signal,
+                address=None if refused else address,
+                pc=pc,
+            )
+        raise error
     if kind == _SETUP:
         why = text.partition(b"\0")[0].decode(errors="backslashreplace")
         raise PlatformError(f"the core could not be set up: {why}")

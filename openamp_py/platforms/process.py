@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import trio
 
+import openamp_py
 from openamp_py.errors import CoreDiedError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
 from openamp_py.platforms.child import killed, run_child, spawn
-from openamp_py.platforms.doorbell import Doorbell
+from openamp_py.platforms.doorbell import Doorbell, DoorbellLink, create_pair
 from openamp_py.platforms.shm import KICK
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.virtio import Handshake
@@ -21,7 +22,19 @@ from openamp_py.virtio import Handshake
 URL = "{url}"
 """Stands in a command for the link's URL."""
 
-ECHO_COMMAND = (sys.executable, "-m", "openamp_py", "serve", "echo", "--core", URL)
+_RUN_MODULE = (
+    "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
+)
+
+
+def module_command(module: str, *arguments: str) -> tuple[str, ...]:
+    """The command that runs a module of this very package, whatever directory we are in."""
+    home = str(Path(openamp_py.__file__).parents[1])
+    return (sys.executable, "-c", _RUN_MODULE, home, module, *arguments)
+
+
+ECHO_COMMAND = module_command("openamp_py", "serve", "echo", "--core", URL)
 """The echo remote as a process."""
 
 
@@ -55,12 +68,14 @@ class ProcessPlatform:
         self._shared.close()
 
 
-class ProcessCore:
+class ProcessCore(DoorbellLink):
     """One run of the program, seen from the host.
+
+    A program that looks at its doorbell sees the host's death as its end; one that does not
+    outlives a host that was killed.
 
     Attributes:
         pid: the program's process, once it was started.
-        doorbell: this side's end of the doorbell, from then on.
     """
 
     name = "process core"
@@ -73,12 +88,6 @@ class ProcessCore:
         self.pid: int | None = None
         self._fd = fd
         self._command = command
-        self.doorbell: Doorbell | None = None
-
-    def kick(self, notify_id: int) -> None:
-        """Wakes the program."""
-        if self.doorbell is not None:
-            self.doorbell.kick(notify_id)
 
     async def run(
         self,
@@ -87,15 +96,17 @@ class ProcessCore:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Starts the program and listens to it until it ends. See `Link.run`."""
-        ours, theirs = socket.socketpair()
-        self.doorbell = Doorbell(ours, constant=KICK)
-        with contextlib.closing(self.doorbell):
-            with contextlib.closing(theirs):
-                url = f"shm:fd:{self._fd}?doorbell=fd:{theirs.fileno()}"
-                process = spawn(
-                    [url if argument == URL else argument for argument in self._command],
-                    pass_fds=(self._fd, theirs.fileno()),
-                )
+        with contextlib.ExitStack() as stack:
+            ours, theirs = create_pair()
+            stack.callback(theirs.close)
+            self.doorbell = Doorbell(ours, constant=KICK)
+            stack.callback(self.doorbell.close)
+            url = f"shm:fd:{self._fd}?doorbell=fd:{theirs.fileno()}"
+            process = spawn(
+                [url if argument == URL else argument for argument in self._command],
+                pass_fds=(self._fd, theirs.fileno()),
+            )
+            theirs.close()
             self.pid = process.pid
             await run_child(process, self.doorbell, notified, task_status)
         if process.returncode < 0:

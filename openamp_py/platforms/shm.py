@@ -8,9 +8,11 @@ that runs already.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import stat
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -21,7 +23,7 @@ import trio
 from openamp_py.errors import PeerGoneError, PlatformError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
-from openamp_py.platforms.doorbell import Doorbell
+from openamp_py.platforms.doorbell import Doorbell, DoorbellLink
 from openamp_py.remoteproc.resource_table import encode_table
 from openamp_py.virtio import Handshake
 
@@ -90,14 +92,11 @@ def _descriptor(url: str, text: str) -> int:
     return int(text)
 
 
-class ShmLink:
+class ShmLink(DoorbellLink):
     """One end of such a link. Closed by whoever made it, after the devices on it.
 
     Args:
-        address: where it is.
-
-    Attributes:
-        doorbell: this side's end of the doorbell, once there is a peer.
+        address: where it is. Descriptors named in it are owned by the link that runs.
     """
 
     name = "shm link"
@@ -109,12 +108,6 @@ class ShmLink:
     def __init__(self, address: ShmAddress) -> None:
         self._address = address
         self._stack = contextlib.ExitStack()
-        self.doorbell: Doorbell | None = None
-
-    def kick(self, notify_id: int) -> None:
-        """Wakes the peer."""
-        if self.doorbell is not None:
-            self.doorbell.kick(notify_id)
 
     async def run(
         self,
@@ -130,14 +123,9 @@ class ShmLink:
         """
         address = self._address
         if address.listen:
-            self._map(os.O_RDWR | os.O_CREAT)
-            table = encode_table(demo.TABLE)
-            target = self.memory.find_da(demo.TABLE_DA, len(table))
-            assert target is not None, "the layout has room for its table"
-            target[:] = table
             sock = await self._accept(str(address.doorbell))
         elif isinstance(address.doorbell, int):
-            sock = socket.socket(fileno=address.doorbell)
+            sock = _adopt(address.doorbell)
         else:
             sock = await _connect(address.doorbell)
         self.doorbell = Doorbell(sock, constant=KICK)
@@ -150,30 +138,43 @@ class ShmLink:
         raise PeerGoneError(f"{self.name}: the other side closed its end of the doorbell")
 
     def close(self) -> None:
-        """Unmaps the memory, and removes the socket if it was made here. Idempotent."""
+        """Lets go of the memory. Idempotent."""
         self._stack.close()
 
     def _map(self, flags: int) -> None:
         where = self._address.memory
         try:
             fd = where if isinstance(where, int) else os.open(where, flags | os.O_CLOEXEC, 0o600)
-            if flags & os.O_CREAT:
-                os.ftruncate(fd, demo.MEMORY_SIZE)
-            size = os.fstat(fd).st_size
-            if size < demo.MEMORY_SIZE:
+            try:
+                if flags & os.O_CREAT:
+                    _claim(fd)
+                    os.ftruncate(fd, demo.MEMORY_SIZE)
+                size = os.fstat(fd).st_size
+                if size < demo.MEMORY_SIZE:
+                    raise PlatformError(
+                        f"shared memory {where}: {size} bytes; the layout needs {demo.MEMORY_SIZE}"
+                    )
+            except BaseException:
                 os.close(fd)
-                raise PlatformError(
-                    f"shared memory {where}: {size} bytes; the layout needs {demo.MEMORY_SIZE}"
-                )
+                raise
             shared = SharedMemory(fd, demo.MEMORY_SIZE)
         except OSError as error:
-            raise PlatformError(f"shared memory {where}: {error.strerror}") from error
+            raise PlatformError(f"shared memory {where}: {error.strerror or error}") from error
         self._stack.callback(shared.close)
+        if flags & os.O_CREAT:
+            # By hand, since the mapping may outlive us and would keep the claim.
+            self._stack.callback(_lock, fd, fcntl.F_UNLCK)
         self.memory = MemoryMap([shared.region("shm", 0)])
 
     async def _accept(self, path: str) -> socket.socket:
-        """Makes the socket, waits for one peer, and hears no other."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        """Lays the table, makes the socket, waits for one peer, and hears no other."""
+        self._map(os.O_RDWR | os.O_CREAT)
+        table = encode_table(demo.TABLE)
+        target = self.memory.find_da(demo.TABLE_DA, len(table))
+        assert target is not None, "the layout has room for its table"
+        target[:] = table
+        with contextlib.ExitStack() as stack:
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             listener.setblocking(False)
             try:
                 if os.path.lexists(path):
@@ -181,14 +182,43 @@ class ShmLink:
                         raise PlatformError(f"doorbell {path}: it exists and is not a socket")
                     os.unlink(path)
                 listener.bind(path)
+                stack.callback(_unlink, path)
                 listener.listen(1)
             except OSError as error:
-                raise PlatformError(f"doorbell {path}: {error.strerror}") from error
-            self._stack.callback(_unlink, path)
+                raise PlatformError(f"doorbell {path}: {error.strerror or error}") from error
             while True:
                 await trio.lowlevel.wait_readable(listener)
                 with contextlib.suppress(BlockingIOError):
                     return listener.accept()[0]
+
+
+# struct flock of fcntl(2): type and whence short, start and length off_t, pid
+_FLOCK = struct.Struct("@hhqqi")
+
+
+def _lock(fd: int, kind: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 1, 0))
+
+
+def _claim(fd: int) -> None:
+    """Makes sure that no other listener works in this memory.
+
+    Raises:
+        PlatformError: another one does.
+    """
+    try:
+        _lock(fd, fcntl.F_WRLCK)
+    except BlockingIOError:
+        raise PlatformError(
+            "another program listens on this shared memory; choose another file, or end it"
+        ) from None
+
+
+def _adopt(descriptor: int) -> socket.socket:
+    try:
+        return socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise PlatformError(f"doorbell fd:{descriptor}: {error.strerror or error}") from error
 
 
 async def _connect(path: str) -> socket.socket:
@@ -205,7 +235,7 @@ async def _connect(path: str) -> socket.socket:
             sock.close()
         except OSError as error:
             sock.close()
-            raise PlatformError(f"doorbell {path}: {error.strerror}") from error
+            raise PlatformError(f"doorbell {path}: {error.strerror or error}") from error
         except BaseException:
             sock.close()
             raise

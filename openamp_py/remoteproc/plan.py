@@ -55,6 +55,7 @@ def plan_load(firmware: Firmware, memory: MemoryMap) -> LoadPlan:
         ImageError: a segment lies outside the memory.
         ResourceTableError: the table asks for what the memory cannot give.
     """
+    _check_table(firmware)
     arena = Arena(memory)
     for number, segment in enumerate(firmware.segments):
         if memory.find_da(segment.da, segment.memory_size) is None:
@@ -66,6 +67,21 @@ def plan_load(firmware: Firmware, memory: MemoryMap) -> LoadPlan:
     planner = _Planner(firmware, memory, arena)
     patches = tuple(planner.patches())
     return LoadPlan(firmware, patches, planner.carveouts, arena)
+
+
+def _check_table(firmware: Firmware) -> None:
+    if firmware.table is None:
+        return
+    if firmware.table.length > rt.TABLE_LIMIT:
+        raise ResourceTableError(
+            f"the resource table has {firmware.table.length:#x} bytes; "
+            f"at most {rt.TABLE_LIMIT:#x} are possible"
+        )
+    if (firmware.table_da or 0) % _U32.size:
+        raise ResourceTableError(
+            f"the resource table lies at {firmware.table_da:#x}, which is not a multiple of "
+            f"{_U32.size}; both sides write words of it in place"
+        )
 
 
 class _Planner:
@@ -83,6 +99,7 @@ class _Planner:
             for notify_id in (vdev.notify_id, *(vring.notify_id for vring in vdev.vrings))
         }
         self._given_ids: set[int] = set()
+        self._next_id = 0
 
     def patches(self) -> Iterator[tuple[int, bytes]]:
         """Everything the host writes into the table; fixed places are taken first."""
@@ -106,10 +123,6 @@ class _Planner:
                 if vring.da == DA_ANY:
                     continue
                 what = f"vdev {index} vring {number}"
-                if vring.da % vring.align:
-                    raise ResourceTableError(
-                        f"{what}: device address {vring.da:#x} is not aligned to {vring.align:#x}"
-                    )
                 size = VringLayout(vring.num, vring.align).size
                 self._check_in_memory(what, vring.da, size)
                 self._arena.reserve(vring.da, size)
@@ -170,9 +183,9 @@ class _Planner:
         """
         notify_id = asked
         if asked == NOTIFY_ID_ANY or asked in self._given_ids:
-            notify_id = 0
-            while notify_id in self._given_ids or notify_id in self._claimed_ids:
-                notify_id += 1
+            while self._next_id in self._given_ids or self._next_id in self._claimed_ids:
+                self._next_id += 1
+            notify_id = self._next_id
         self._given_ids.add(notify_id)
         return notify_id
 

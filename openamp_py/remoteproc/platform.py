@@ -7,7 +7,7 @@ from typing import Protocol
 
 import trio
 
-from openamp_py.errors import OpenAMPError, PeerGoneError
+from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError
 from openamp_py.memory import MemoryMap
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.virtio import Handshake
@@ -87,8 +87,12 @@ async def run_link(
 
     try:
         await link.run(notified, task_status=Status())
-    except OpenAMPError as error:
+    except Exception as problem:
+        error = problem
+        if not isinstance(error, OpenAMPError):
+            error = PlatformError(f"{link.name} failed: {problem!r}")
+            error.__cause__ = problem
         if not up:
-            raise
+            raise error from error.__cause__
         return error
     return PeerGoneError(f"{link.name}: the other side left")

@@ -26,6 +26,14 @@ Image = bytes | str | os.PathLike[str] | Firmware
 """What can be loaded: an ELF file's bytes, a path to one, or firmware that is decoded already."""
 
 
+class _Life:
+    """One run of a core: how to end it, and that it has ended."""
+
+    def __init__(self) -> None:
+        self.scope = trio.CancelScope()
+        self.ended = trio.Event()
+
+
 class RemoteProcessor:
     """The life of one remote core, from the host's side.
 
@@ -47,9 +55,10 @@ class RemoteProcessor:
         self._nursery = nursery
         self._plan: LoadPlan | None = None
         self._resources: Resources | None = None
-        self._life: trio.CancelScope | None = None
+        self._life: _Life | None = None
         self._ended: trio.Event | None = None
         self._busy: Call | None = None
+        self._closed = False
 
     @property
     def firmware(self) -> Firmware | None:
@@ -125,13 +134,14 @@ class RemoteProcessor:
                 self._resources = Resources(
                     core, Role.DRIVER, carveouts=self._plan.carveouts, arena=self._plan.arena
                 )
-            ended = self._ended = trio.Event()
+            life = _Life()
             try:
-                await self._nursery.start(self._live, core)
+                await self._nursery.start(self._live, core, life)
             except BaseException:
                 self._close_resources()
                 raise
-        if ended.is_set():
+            self._ended = life.ended
+        if life.ended.is_set():
             self.state = ProcessorState.STOPPED
 
     async def boot(self, image: Image) -> None:
@@ -174,44 +184,56 @@ class RemoteProcessor:
             raise StateError(f"the core was never started: the processor is {self.state.value}")
         await self._ended.wait()
         if isinstance(self.failure, CoreDiedError):
-            raise self.failure
+            raise self.failure.with_traceback(None)
 
-    async def _live(self, core: Link, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _live(self, core: Link, life: _Life, *, task_status: trio.TaskStatus[None]) -> None:
         """One life of the core, from boot to its end."""
-        resources, ended = self._resources, self._ended
-        assert ended is not None, "start made it"
+        resources = self._resources
         cause: OpenAMPError = PeerGoneError(f"{core.name} was stopped")
+        self._life = life
         try:
-            with trio.CancelScope() as life:
-                self._life = life
+            with life.scope:
                 notified = resources.notified if resources else _nobody
                 cause = await run_link(core, notified, task_status)
-            if not life.cancelled_caught:
+            if not life.scope.cancelled_caught:
                 self.failure = cause
                 self.state = ProcessorState.STOPPED
+            elif self._busy is Call.START:
+                raise StateError("the processor's block ended while start was under way")
         finally:
             self._life = None
             _logger.info("%s", cause)
             if resources:
                 resources.fail(cause)
-            ended.set()
+            life.ended.set()
 
     async def _end_life(self) -> None:
-        if self._life is not None and self._ended is not None:
-            self._life.cancel()
-            with trio.CancelScope(shield=True):
-                await self._ended.wait()
-        else:
+        life = self._life
+        if life is None:
             await trio.lowlevel.cancel_shielded_checkpoint()
+        else:
+            life.scope.cancel()
+            with trio.CancelScope(shield=True):
+                await life.ended.wait()
 
     def _close_resources(self) -> None:
         if self._resources is not None:
             self._resources.close()
             self._resources = None
 
+    async def close(self) -> None:
+        """Ends it for good, whatever is under way: for `open_processor`."""
+        self._closed = True
+        await self._end_life()
+        self._close_resources()
+        self._plan = None
+        self.state = ProcessorState.OFFLINE
+
     @contextmanager
     def _call(self, call: Call) -> Iterator[None]:
         """Guards one call: refuses it in the wrong state, moves the state when it succeeds."""
+        if self._closed:
+            raise StateError(f"cannot {call.value}: the processor's block has ended")
         if self._busy is not None:
             raise StateError(f"cannot {call.value} while {self._busy.value} is under way")
         after = next_state(self.state, call)
@@ -241,6 +263,6 @@ async def open_processor(platform: Platform) -> AsyncIterator[RemoteProcessor]:
                 yield processor
             finally:
                 with trio.CancelScope(shield=True):
-                    await processor.shutdown()
+                    await processor.close()
     finally:
         platform.close()

@@ -22,6 +22,7 @@ from typing import ClassVar, Final, TypeAlias, TypeVar, cast
 
 from openamp_py.constants import DA_ANY, NAME_SIZE, VIRTIO_ID_RPMSG
 from openamp_py.errors import ResourceTableError
+from openamp_py.vring import MAX_NUM, MIN_ALIGN
 
 TABLE_VERSION: Final = 1
 """The only version there is."""
@@ -29,14 +30,11 @@ TABLE_VERSION: Final = 1
 MAX_ENTRIES: Final = 1024
 """Our limit: far above any firmware, and it bounds what a hostile table costs."""
 
+TABLE_LIMIT: Final = 0x1_0000
+"""Most bytes of a table that a host reads: in memory a table has no stated length."""
+
 RPMSG_VRINGS: Final = 2
 """Vrings of an RPMsg device; with fewer, Linux boots and then panics at stop."""
-
-MAX_VRING_NUM: Final = 32768
-"""Largest split virtqueue (virtio 1.2, section 2.7)."""
-
-MIN_VRING_ALIGN: Final = 4
-"""Alignment that a used ring needs (virtio 1.2, section 2.7)."""
 
 DESCRIPTOR_TABLE_ALIGN: Final = 16
 """Alignment that a descriptor table, where a vring begins, needs (virtio 1.2, 2.7)."""
@@ -51,6 +49,7 @@ VENDOR_TYPES: Final = range(128, 513)
 #   u32 offset[num]   of each entry, from the table's start
 _HEADER: Final = Struct("<4I")
 _OFFSET_SIZE: Final = 4
+_WORD_SIZE: Final = 4
 
 # Word with which every entry begins
 #   u32 type
@@ -376,6 +375,11 @@ def _decode_vdev(raw: bytes, offset: int, where: str) -> Vdev:
         _VDEV.unpack_from(raw, offset)
     )
     _check_reserved(reserved, where)
+    if offset % _WORD_SIZE:
+        raise ResourceTableError(
+            f"{where}: offset {offset:#x} is not a multiple of {_WORD_SIZE}; both sides write "
+            "words of it in place"
+        )
     if id_ == VIRTIO_ID_RPMSG and vrings != RPMSG_VRINGS:
         raise ResourceTableError(
             f"{where}: {vrings} vrings; an RPMsg device (id {id_}) has {RPMSG_VRINGS}"
@@ -403,13 +407,13 @@ def _decode_vdev(raw: bytes, offset: int, where: str) -> Vdev:
 
 def _decode_vring(raw: bytes, offset: int, where: str) -> Vring:
     vring = Vring(*_VRING.unpack_from(raw, offset))
-    if not _is_power_of_two(vring.num) or vring.num > MAX_VRING_NUM:
+    if not _is_power_of_two(vring.num) or vring.num > MAX_NUM:
         raise ResourceTableError(
-            f"{where}: num {vring.num} is not a power of two from 1 to {MAX_VRING_NUM}"
+            f"{where}: num {vring.num} is not a power of two from 1 to {MAX_NUM}"
         )
-    if not _is_power_of_two(vring.align) or vring.align < MIN_VRING_ALIGN:
+    if not _is_power_of_two(vring.align) or vring.align < MIN_ALIGN:
         raise ResourceTableError(
-            f"{where}: align {vring.align:#x} is not a power of two of at least {MIN_VRING_ALIGN}"
+            f"{where}: align {vring.align:#x} is not a power of two of at least {MIN_ALIGN}"
         )
     align = max(vring.align, DESCRIPTOR_TABLE_ALIGN)
     if vring.da != DA_ANY and vring.da % align:

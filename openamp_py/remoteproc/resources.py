@@ -20,9 +20,6 @@ from openamp_py.vring import VringLayout
 
 _logger = logging.getLogger(__name__)
 
-# A table in memory has no stated length; this is the most of it that is looked at.
-TABLE_LIMIT = 4096
-
 
 class Buffers:
     """Memory for one device's buffers: a fixed area, or a part of what is free.
@@ -106,7 +103,7 @@ class Resources:
         self, view: memoryview, index: int, vdev: rt.Vdev, buffers: Buffers
     ) -> VirtioDevice:
         link = self._link
-        config = view[vdev.config_offset : vdev.config_offset + len(vdev.config)]
+        config = view[vdev.offset + vdev.config_offset :][: len(vdev.config)]
         accepted = vdev.offset + rt.VDEV_DRIVER_FEATURES_OFFSET
         device = VirtioDevice(
             role=self._role,
@@ -159,7 +156,7 @@ class Resources:
 
 
 def table_view(memory: MemoryMap, da: int) -> memoryview:
-    """The memory in which a table at `da` lies, up to the end of its region or TABLE_LIMIT.
+    """The memory in which a table at `da` lies, up to the end of its region or the limit.
 
     Raises:
         ResourceTableError: the address is in no region.
@@ -167,14 +164,14 @@ def table_view(memory: MemoryMap, da: int) -> memoryview:
     for region in memory.regions:
         offset = da - region.da
         if 0 <= offset < region.size:
-            return region.view[offset : offset + TABLE_LIMIT]
+            return region.view[offset : offset + rt.TABLE_LIMIT]
     raise ResourceTableError(f"resource table at {da:#x} lies outside the memory: {memory}")
 
 
 def _arena_of(table: rt.ResourceTable, link: Link) -> Arena:
     """What of the memory is taken on a link that was not loaded by us."""
     arena = Arena(link.memory)
-    arena.reserve(link.table_da, TABLE_LIMIT)
+    arena.reserve(link.table_da, table.length)
     for carveout in table.carveouts:
         arena.reserve(carveout.da, carveout.length)
     for vdev in table.vdevs:
@@ -197,14 +194,17 @@ async def open_resources(link: Link, role: Role = Role.DEVICE) -> AsyncIterator[
     """
     async with open_background() as nursery:
         joined: list[Resources] = []
+        ended: list[OpenAMPError] = []
 
         def notified() -> None:
             for resources in joined:
                 resources.notified()
 
-        await nursery.start(_listen, link, notified, joined)
+        await nursery.start(_listen, link, notified, joined, ended)
         resources = Resources(link, role)
         joined.append(resources)
+        for cause in ended:
+            resources.fail(cause)
         try:
             yield resources
         finally:
@@ -216,11 +216,13 @@ async def _listen(
     link: Link,
     notified: Callable[[], None],
     joined: list[Resources],
+    ended: list[OpenAMPError],
     *,
     task_status: trio.TaskStatus[None],
 ) -> None:
     """That the other side is gone becomes a matter of the devices, not of the block."""
     cause = await run_link(link, notified, task_status)
     _logger.info("%s", cause)
+    ended.append(cause)
     for resources in joined:
         resources.fail(cause)

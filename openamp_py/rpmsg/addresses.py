@@ -7,6 +7,17 @@ import heapq
 from openamp_py.constants import ADDRESS_ANY, FIRST_DYNAMIC_ADDRESS, NAME_SERVICE_ADDRESS
 
 
+def check_destination(address: int) -> int:
+    """Passes an address on the other side through.
+
+    Raises:
+        ValueError: it is not a u32, or is the one that means "any".
+    """
+    if not 0 <= address < ADDRESS_ANY:
+        raise ValueError(f"destination {address:#x} is not possible: 0 to {ADDRESS_ANY - 1:#x} are")
+    return address
+
+
 class AddressSpace:
     """Which local addresses are in use: the lowest free one from 1024 on, or a chosen one."""
 

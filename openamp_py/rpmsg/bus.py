@@ -12,8 +12,14 @@ from dataclasses import dataclass, replace
 import trio
 
 from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS, RPMSG_F_NS, VIRTIO_ID_RPMSG
-from openamp_py.errors import OpenAMPError, PeerGoneError, ResourceTableError, VirtqueueError
-from openamp_py.rpmsg.addresses import AddressSpace
+from openamp_py.errors import (
+    OpenAMPError,
+    PeerError,
+    PeerGoneError,
+    ResourceTableError,
+    VirtqueueError,
+)
+from openamp_py.rpmsg.addresses import AddressSpace, check_destination
 from openamp_py.rpmsg.endpoint import Endpoint
 from openamp_py.rpmsg.name_service import ChannelRegistry
 from openamp_py.rpmsg.wire import (
@@ -56,6 +62,14 @@ class Drops:
     """Name-service messages that are malformed, withdraw what is unknown, or are too many."""
 
 
+class _Turn:
+    """A sender that waits for a buffer."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.called = trio.Event()
+
+
 class Bus:
     """Endpoints over one RPMsg virtio device, in either role.
 
@@ -76,9 +90,8 @@ class Bus:
         self._full: set[Endpoint] = set()
         self._addresses = AddressSpace()
         self._registry = ChannelRegistry()
-        self._replies: deque[Endpoint] = deque()
-        self._senders = trio.lowlevel.ParkingLot()
-        self._sender_woken = False
+        self._replies: dict[Endpoint, None] = {}
+        self._turns: deque[_Turn] = deque()
         self._news = trio.lowlevel.ParkingLot()
         self._drops = Drops()
         self._closed = False
@@ -144,7 +157,8 @@ class Bus:
             address: local address; by default the lowest free one from 1024 on.
             destination: the peer's address where it is known in advance.
             announce: whether to tell the other side.
-            queue_limit: received messages kept before the peer is held back.
+            queue_limit: received messages kept before further ones stay in their buffers and
+                hold the peer back; one batch of up to 64 may still come on top.
 
         Raises:
             ValueError: a bad name, an address that is in use or not possible.
@@ -152,6 +166,8 @@ class Bus:
         """
         if name is not None:
             check_name(name)
+        if destination != ADDRESS_ANY:
+            check_destination(destination)
         if queue_limit < 1:
             raise ValueError(f"queue_limit is {queue_limit}; at least 1 is needed")
         self._check_usable()
@@ -193,30 +209,32 @@ class Bus:
 
     def send_nowait(self, source: int, destination: int, payload: bytes) -> bool:
         """Sends a message now, unless others wait for a buffer. Returns whether it went."""
-        return not self._senders_wait() and self._try_send(source, destination, payload)
+        return not self._turns and self._try_send(source, destination, payload)
 
     async def send_when_free(self, endpoint: Endpoint, destination: int, payload: bytes) -> None:
         """Waits for a buffer, behind those who wait already, and sends.
 
         Cancellation: nothing was sent.
         """
-        waited = False
+        turn = _Turn(endpoint)
+        self._turns.append(turn)
         try:
-            # The wish comes before the look, so a buffer that is freed in between is notified.
-            while not (
-                (waited or not self._senders_wait())
-                and self._want_buffer()
-                and self._try_send(endpoint.address, destination, payload)
-            ):
+            while True:
                 endpoint.check_usable()
-                await self._senders.park()
-                waited = True
-                self._sender_woken = False
+                # The wish comes before the look, so a buffer that is freed in between is notified.
+                if (
+                    self._turns[0] is turn
+                    and self._want_buffer()
+                    and self._try_send(endpoint.address, destination, payload)
+                ):
+                    break
                 endpoint.check_usable()
+                turn.called = trio.Event()
+                await turn.called.wait()
         finally:
-            self._senders_may_go()
-        if not waited:
-            await trio.lowlevel.cancel_shielded_checkpoint()
+            self._turns.remove(turn)
+            self._call_next()
+        await trio.lowlevel.cancel_shielded_checkpoint()
 
     def drain(self) -> None:
         """Takes what has come in and delivers it; what is too much for once follows soon."""
@@ -249,8 +267,11 @@ class Bus:
         del self._endpoints[endpoint.address]
         self._addresses.give_back(endpoint.address)
         self._full.discard(endpoint)
+        self._replies.pop(endpoint, None)
         self._release(heads)
-        self._senders_may_go()
+        for turn in self._turns:
+            if turn.endpoint is endpoint:
+                turn.called.set()
 
     # Inside.
 
@@ -269,9 +290,10 @@ class Bus:
         if result == _NO_BUFFER:
             return False
         if result == _SMALL_BUFFER:
-            raise ValueError(
-                f"payload of {len(payload)} bytes: the driver lent a smaller buffer than the "
-                f"{self._sending.buffer_size} bytes that this side was told of"
+            raise trio.BrokenResourceError("send") from PeerError(
+                f"{self._device.name}: the driver lent a buffer that is too small for "
+                f"{len(payload)} bytes of payload; this side was told of "
+                f"{self._sending.buffer_size} bytes with header"
             )
         if result:
             self._device.kick(self._send_index)
@@ -285,21 +307,14 @@ class Bus:
             self._fail(error)
             return False
 
-    def _senders_wait(self) -> bool:
-        """Whether someone has to be let go first: parked, or woken and about to run."""
-        return self._sender_woken or bool(self._senders)
-
-    def _senders_may_go(self) -> None:
-        """Lets the first who waits for a buffer try, if there is one; else asks to be told."""
-        if self._closed or self._sender_woken:
+    def _call_next(self) -> None:
+        """Calls the first who waits for a buffer, if there is one; else asks to be told."""
+        if self._closed or self.failure is not None:
             return
-        if not (self._senders or self._replies):
+        if not (self._turns or self._replies):
             self._sending.queue.notify_off()
-        elif self.failure is not None:
-            self._senders.unpark_all()
-        elif self._senders and self._want_buffer():
-            self._sender_woken = True
-            self._senders.unpark()
+        elif self._turns and self._want_buffer():
+            self._turns[0].called.set()
 
     def _release(self, heads: list[int]) -> None:
         if heads and self.failure is None:
@@ -322,7 +337,7 @@ class Bus:
                     f"(status {self._device.status:#x})"
                 )
             )
-        if self._replies or self._senders:
+        if self._replies or self._turns:
             self._send_replies()
 
     def _drain_on(self) -> None:
@@ -384,7 +399,7 @@ class Bus:
             if endpoint.name == channel.name and endpoint.destination in (None, channel.address):
                 endpoint.bind(channel.address)
                 if self.role is Role.DRIVER and endpoint.is_announced:
-                    self._replies.append(endpoint)
+                    self._replies[endpoint] = None
                     self._send_replies()
                 return
 
@@ -400,15 +415,14 @@ class Bus:
         """Sends acknowledgements that are due, as far as there are buffers."""
         try:
             while self._replies and self.failure is None:
-                endpoint = self._replies[0]
-                if endpoint.is_announced:
-                    if not self._want_buffer():
-                        return  # and a notification will come
-                    self._try_send(endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement())
-                self._replies.popleft()
+                endpoint = next(iter(self._replies))
+                if not self._want_buffer():
+                    return  # and a notification will come
+                self._try_send(endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement())
+                del self._replies[endpoint]
         except trio.BrokenResourceError:
             return
-        self._senders_may_go()
+        self._call_next()
 
     def _fail(self, cause: OpenAMPError) -> None:
         """The link is over: everyone who waits wakes with this cause."""
@@ -427,7 +441,8 @@ class Bus:
     def _wake_all(self) -> None:
         for endpoint in self._endpoints.values():
             endpoint.wake()
-        self._senders.unpark_all()
+        for turn in self._turns:
+            turn.called.set()
         self._news.unpark_all()
 
 
@@ -487,20 +502,25 @@ async def open_rings(
         receive_pool = send_pool = None
         receive_index, send_index = _TO_DEVICE, _TO_DRIVER
     with contextlib.ExitStack() as stack:
-        receiving = MessageRing(
-            stack.enter_context(contextlib.closing(device.open_queue(receive_index))),
-            sender=False,
-            buffer_size=receive_buffer_size,
-            pool=receive_pool,
-        )
-        stack.callback(receiving.close)
-        sending = MessageRing(
-            stack.enter_context(contextlib.closing(device.open_queue(send_index))),
-            sender=True,
-            buffer_size=send_buffer_size,
-            pool=send_pool,
-        )
-        stack.callback(sending.close)
+        try:
+            receiving = MessageRing(
+                stack.enter_context(contextlib.closing(device.open_queue(receive_index))),
+                sender=False,
+                buffer_size=receive_buffer_size,
+                pool=receive_pool,
+            )
+            stack.callback(receiving.close)
+            sending = MessageRing(
+                stack.enter_context(contextlib.closing(device.open_queue(send_index))),
+                sender=True,
+                buffer_size=send_buffer_size,
+                pool=send_pool,
+            )
+            stack.callback(sending.close)
+        except BaseException:
+            if device.role is Role.DRIVER:
+                device.give_up()
+            raise
         yield sending, receiving
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 import trio
 
 from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS
+from openamp_py.errors import PeerGoneError
+from openamp_py.rpmsg.addresses import check_destination
 from openamp_py.rpmsg.wire import Announcement, Channel, encode_announcement
 
 if TYPE_CHECKING:
@@ -56,7 +58,8 @@ class Endpoint:
         self._destination = destination
         self._queue_limit = queue_limit
         self._queue: deque[tuple[Message, int | None]] = deque()
-        self._reader: trio.lowlevel.Task | None = None
+        self._receiving = False
+        self._sleeper: trio.lowlevel.Task | None = None
         self._binding = trio.lowlevel.ParkingLot()
         self._announced = False
         self._withdrawn = False
@@ -71,6 +74,11 @@ class Endpoint:
     def is_bound(self) -> bool:
         """Whether the peer's address is known."""
         return self._destination != ADDRESS_ANY
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether the peer withdrew the channel and none has taken its place."""
+        return self._withdrawn
 
     @property
     def payload_limit(self) -> int:
@@ -94,6 +102,13 @@ class Endpoint:
             await self._binding.park()
         self.check_usable()
 
+    async def _wait_peer(self) -> int:
+        """As `wait_bound`, but a withdrawn channel is not waited for."""
+        while not self.is_bound and not self._withdrawn:
+            self.check_usable()
+            await self._binding.park()
+        return self._peer()
+
     async def send(self, payload: Payload) -> None:
         """Sends one message to the peer; waits until bound, and for a free buffer.
 
@@ -105,13 +120,14 @@ class Endpoint:
         Cancellation: nothing was sent.
         """
         data = self._check_payload(payload)
-        if not self.is_bound and not self._withdrawn:
-            await self.wait_bound()
-        await self._send(data, self._peer())
+        await trio.lowlevel.checkpoint_if_cancelled()
+        await self._send(data, await self._wait_peer())
 
     async def send_to(self, payload: Payload, destination: int) -> None:
         """Sends one message to any address on the other side, as `send` does."""
-        await self._send(self._check_payload(payload), destination)
+        data = self._check_payload(payload)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        await self._send(data, check_destination(destination))
 
     def send_nowait(self, payload: Payload) -> None:
         """Sends one message to the peer now, or raises.
@@ -140,14 +156,20 @@ class Endpoint:
         Cancellation: no message is lost.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        if not self._has_message():
-            if self._reader is not None:
-                raise trio.BusyResourceError(f"{self!r}: another task receives here already")
-            await self._wait_message()
-            return self._take()
-        message = self._take()
-        await trio.lowlevel.cancel_shielded_checkpoint()
-        return message
+        if self._receiving:
+            raise trio.BusyResourceError(f"{self!r}: another task receives here already")
+        if self._has_message():
+            message = self._take()
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return message
+        self._receiving = True
+        try:
+            await self._sleep()
+            while not self._has_message():
+                await self._sleep()
+        finally:
+            self._receiving = False
+        return self._take()
 
     def receive_nowait(self) -> Message:
         """The next message if it is there; otherwise raises trio.WouldBlock, or as `receive`."""
@@ -170,20 +192,23 @@ class Endpoint:
         Cancellation: closes all the same; when no buffer is free for the withdrawal it
         waits at most a second for one, shielded.
         """
-        if self._announced and not self._closed and self._bus.failure is None:
-            self._announced = False
-            with (
-                trio.move_on_after(CLOSE_GRACE, shield=True),
-                contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
-            ):
-                await self._send(self.announcement(destroy=True), NAME_SERVICE_ADDRESS)
-        self.close()
+        try:
+            if self._announced and not self._closed and self._bus.failure is None:
+                self._announced = False
+                with (
+                    trio.move_on_after(CLOSE_GRACE, shield=True),
+                    contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
+                ):
+                    await self._send(self.announcement(destroy=True), NAME_SERVICE_ADDRESS)
+        finally:
+            self.close()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     def close(self) -> None:
         """Closes at once, without a word to the peer. Idempotent."""
         if not self._closed:
             self._closed = True
+            self._announced = False
             self._bus.forget(self, [head for _, head in self._queue if head is not None])
             self._queue.clear()
             self.wake()
@@ -192,8 +217,14 @@ class Endpoint:
 
     async def announce(self) -> None:
         """Tells the peer of this endpoint."""
-        await self._send(self.announcement(), NAME_SERVICE_ADDRESS)
+        # From before it goes out: a service that is announced to us meanwhile gets its answer.
         self._announced = True
+        try:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            await self._send(self.announcement(), NAME_SERVICE_ADDRESS)
+        except BaseException:
+            self._announced = False
+            raise
 
     def announcement(self, *, destroy: bool = False) -> bytes:
         """The name-service message that tells the peer of this endpoint, or withdraws it."""
@@ -227,35 +258,34 @@ class Endpoint:
         if not self._fixed:
             self._destination = ADDRESS_ANY
             self._withdrawn = True
-            self._wake_reader()
+            self.wake()
 
     def deliver(self, payload: bytes, source: int, head: int | None) -> None:
         """A message came; `head` is its buffer if that was not given back yet."""
         if self._destination == ADDRESS_ANY:
             self.bind(source)
         self._queue.append((Message(payload, source), head))
-        self._wake_reader()
+        self._wake_receiver()
 
     def wake(self) -> None:
         """Something is over: whoever waits has to look."""
-        self._wake_reader()
+        self._wake_receiver()
         self._binding.unpark_all()
 
-    def _wake_reader(self) -> None:
-        if self._reader is not None:
-            trio.lowlevel.reschedule(self._reader)
-            self._reader = None
+    def _wake_receiver(self) -> None:
+        if self._sleeper is not None:
+            trio.lowlevel.reschedule(self._sleeper)
+            self._sleeper = None
 
-    async def _wait_message(self) -> None:
+    async def _sleep(self) -> None:
+        """Until there may be something to receive; only for the one task that receives."""
+
         def abort(_: object) -> trio.lowlevel.Abort:
-            self._reader = None
+            self._sleeper = None
             return trio.lowlevel.Abort.SUCCEEDED
 
-        while True:
-            self._reader = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(abort)
-            if self._has_message():
-                return
+        self._sleeper = trio.lowlevel.current_task()
+        await trio.lowlevel.wait_task_rescheduled(abort)
 
     def _has_message(self) -> bool:
         """Looks into the ring too. Raises when none can come any more."""
@@ -289,11 +319,11 @@ class Endpoint:
     def _peer(self) -> int:
         self.check_usable()
         if not self.is_bound:
-            raise trio.BrokenResourceError(f"{self!r}: the other side withdrew the channel")
+            why = "the other side withdrew the channel"
+            raise trio.BrokenResourceError(f"{self!r}: {why}") from PeerGoneError(why)
         return self._destination
 
     async def _send(self, data: bytes, destination: int) -> None:
-        await trio.lowlevel.checkpoint_if_cancelled()
         self.check_usable()
         if self._bus.send_nowait(self.address, destination, data):
             await trio.lowlevel.cancel_shielded_checkpoint()

@@ -62,14 +62,15 @@ def encode_announcement(announcement: Announcement) -> bytes:
 def decode_announcement_untrusted(payload: bytes) -> Announcement | None:
     """A name-service message from a peer, or None where it is not one.
 
-    The name ends at the first NUL, or with the field; what follows it is ignored, and bytes
-    that are not UTF-8 are shown as escapes. Refused: other lengths than 40, an empty name, and
-    addresses nobody can listen at (any, and the name service's own).
+    The name ends at the first NUL and what follows it is ignored; without one it is cut to the
+    31 bytes that a name can have, as Linux does. Bytes that are not UTF-8 are shown as escapes.
+    Refused: other lengths than 40, an empty name, and addresses nobody can listen at (any, and
+    the name service's own).
     """
     if len(payload) != _NAME_SERVICE.size:
         return None
     field, address, flags = _NAME_SERVICE.unpack(payload)
-    name = field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+    name = field[: NAME_SIZE - 1].partition(b"\0")[0].decode("utf-8", "backslashreplace")
     if not name or address in (ADDRESS_ANY, NAME_SERVICE_ADDRESS):
         return None
     return Announcement(Channel(name, address), bool(flags & _DESTROY))

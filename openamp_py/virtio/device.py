@@ -112,6 +112,7 @@ class VirtioDevice:
         self._status = status
         self._accepted = accepted
         self._kick = kick
+        self._features = 0
         self._closed = False
 
     @property
@@ -126,8 +127,11 @@ class VirtioDevice:
 
     @property
     def features(self) -> int:
-        """The features in use: offered by the device and accepted by the driver."""
-        return self.offered & self._accepted.load()
+        """The features in use: offered by the device and accepted by the driver.
+
+        Fixed once the driver has chosen, whatever is written into the shared word later.
+        """
+        return self._features
 
     @property
     def is_up(self) -> bool:
@@ -144,7 +148,7 @@ class VirtioDevice:
             The features in use.
         """
         self._check_role(Role.DRIVER)
-        features = self.offered & (supported | TRANSPORT_FEATURES)
+        self._features = features = self.offered & (supported | TRANSPORT_FEATURES)
         self._status.store(0)
         if self.handshake is Handshake.FULL:
             self._status.store(ACKNOWLEDGE)
@@ -166,7 +170,17 @@ class VirtioDevice:
         self._check_role(Role.DEVICE)
         if self.status & NEEDS_RESET:
             self._status.store(0)
-        return self.is_up
+        up = self.is_up
+        if up:
+            self._features = self.offered & self._accepted.load()
+        return up
+
+    def give_up(self) -> None:
+        """Driver: the device cannot be used; its side is told so."""
+        self._check_role(Role.DRIVER)
+        if not self._closed:
+            self._status.store(self._status.load() | FAILED)
+            self._kick(self.notify_id)
 
     def end(self) -> None:
         """Driver: leaves the device, so that the other side stops using the queues.

@@ -75,6 +75,7 @@ class MessageRing:
             queue.attach()
         if sender:
             queue.notify_off()
+        self._final_bad_length = 0
         self._batch = max(1, min(BATCH, num))
         if not sender:
             self._records = ffi.new("struct message_record[]", self._batch)
@@ -97,7 +98,7 @@ class MessageRing:
     @property
     def bad_length(self) -> int:
         """Messages dropped so far because their header contradicts their buffer."""
-        return int(self._ring.bad_length)
+        return self._final_bad_length if self._ring is None else int(self._ring.bad_length)
 
     def send(self, source: int, destination: int, payload: bytes) -> int:
         """Sends one message of at most `payload_limit` bytes.
@@ -158,6 +159,7 @@ class MessageRing:
     def close(self) -> None:
         """Lets go of the shared memory. Idempotent."""
         self.queue.close()
+        self._final_bad_length = self.bad_length
         self._ring = None  # a call after this is a TypeError and touches no memory
         if self._pool is not None:
             ffi.release(self._pool)

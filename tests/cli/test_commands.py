@@ -105,6 +105,40 @@ def test_ping_interrupted_sums_up_and_shuts_down() -> None:
     assert err == ""
 
 
+def test_a_message_in_flight_at_the_interrupt_is_not_lost() -> None:
+    command = [*OPENAMP, "ping", "--count", "100000000", "-q"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as ping:
+        assert ping.stdout is not None
+        ping.stdout.readline()
+        ping.send_signal(signal.SIGINT)
+        out, _ = ping.communicate(timeout=LIMIT)
+    assert ping.returncode == 0
+    assert " 0 lost" in out
+
+
+def test_a_remote_that_does_not_leave_is_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ping", "-q", "--grace", "0"]) == 1
+    captured = capsys.readouterr()
+    assert "shutdown hard" in captured.out
+    assert "the shutdown was hard: the remote did not leave within 0.0 s" in captured.err
+
+
+def test_the_process_core_works_in_a_source_tree(tmp_path: Path) -> None:
+    (tmp_path / "openamp_py").mkdir()
+    (tmp_path / "openamp_py" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    command = [str(Path(sys.executable).parent / "openamp"), "ping", "-q", "--core", "process"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_closed_standard_output_is_no_traceback() -> None:
+    command = f"{' '.join(OPENAMP)} ping >&-"
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -16,11 +16,18 @@ from openamp_py import (
     ECHO_CHANNEL,
     CoreCrashedError,
     Endpoint,
+    Link,
+    LoopbackPlatform,
     PeerGoneError,
+    PlatformError,
     ProcessorState,
+    ProcessPlatform,
     Session,
+    open_processor,
     open_session,
 )
+from openamp_py.platforms.demo import python_firmware
+from openamp_py.platforms.process import ProcessCore
 from openamp_py.rpmsg.wire import SHUTDOWN_REQUEST
 
 LIMIT = 30.0
@@ -166,6 +173,75 @@ async def test_a_remote_that_does_not_answer_is_shut_down_hard_after_its_grace()
         assert str(shutdown) == "hard"
         assert shutdown.reason == "the remote did not leave within 0.05 s"
         assert _children() == []
+
+
+async def test_a_signal_without_a_name_is_named_by_its_number() -> None:
+    async with _echo("process") as (_, endpoint):
+        os.kill(_children()[0], signal.SIGRTMIN + 5)
+        with pytest.raises(trio.BrokenResourceError, match=f"signal {signal.SIGRTMIN + 5}"):
+            await endpoint.receive()
+
+
+async def test_a_service_that_is_gone_already_is_a_graceful_end(core: str) -> None:
+    async with _echo(core) as (session, endpoint):
+        await endpoint.send(SHUTDOWN_REQUEST)
+        async for _ in endpoint:
+            pass
+        assert (await session.shutdown(endpoint, grace=10)).graceful
+
+
+async def test_an_endpoint_that_is_closed_cannot_ask(core: str) -> None:
+    async with _echo(core) as (session, endpoint):
+        await endpoint.aclose()
+        shutdown = await session.shutdown(endpoint, grace=10)
+        assert not shutdown.graceful and "was closed" in str(shutdown.reason)
+        assert session.processor is not None
+        assert session.processor.state is ProcessorState.OFFLINE
+
+
+async def test_a_service_that_never_came_cannot_be_asked(core: str) -> None:
+    async with _echo(core) as (session, _), session.bus.open_endpoint("nobody") as endpoint:
+        shutdown = await session.shutdown(endpoint, grace=0.05)
+        assert shutdown.reason == "no service was bound within 0.05 s, so nobody could be asked"
+
+
+async def test_a_grace_that_is_none_is_refused(core: str) -> None:
+    async with _echo(core) as (session, endpoint):
+        with pytest.raises(ValueError, match="a grace of -1"):
+            await session.shutdown(endpoint, grace=-1)
+        await endpoint.send(b"still up")
+        assert (await endpoint.receive()).payload == b"still up"
+
+
+async def test_an_application_that_fails_is_a_crash_with_its_exception() -> None:
+    async def application(link: Link) -> None:
+        raise ZeroDivisionError("in the remote")
+
+    async with open_processor(LoopbackPlatform(application)) as processor:
+        await processor.boot(python_firmware())
+        with pytest.raises(CoreCrashedError, match="ZeroDivisionError") as caught:
+            await processor.wait_exit()
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+async def test_what_a_program_started_ends_with_it() -> None:
+    command = ("sh", "-c", "sleep 1000 & echo $! > /proc/self/fd/2; wait")
+    async with open_processor(ProcessPlatform(command)) as processor:
+        await processor.boot(python_firmware())
+        assert isinstance(processor.core, ProcessCore)
+        group = processor.core.pid
+        assert group is not None
+        await processor.shutdown()
+    with pytest.raises(ProcessLookupError):
+        while True:
+            os.killpg(group, 0)
+
+
+async def test_a_program_that_is_not_there_is_a_platform_error() -> None:
+    async with open_processor(ProcessPlatform(("/nonexistent",))) as processor:
+        with pytest.raises(PlatformError, match="cannot run /nonexistent: No such file"):
+            await processor.boot(python_firmware())
+        assert processor.state is ProcessorState.OFFLINE
 
 
 def _children() -> list[int]:

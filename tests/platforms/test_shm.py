@@ -226,6 +226,44 @@ async def test_a_peer_that_leaves_breaks_what_is_open(tmp_path: Path) -> None:
                 assert isinstance(device.failure, PeerGoneError)
 
 
+async def test_a_peer_that_connects_and_leaves_at_once_is_noticed(tmp_path: Path) -> None:
+    for _ in range(20):
+        with trio.fail_after(LIMIT):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_serve, _url(tmp_path, listen=True))
+                with socket.socket(socket.AF_UNIX) as peer:
+                    while peer.connect_ex(str(tmp_path / "bell")):
+                        await trio.lowlevel.checkpoint()
+
+
+async def test_a_second_listener_leaves_the_first_ones_memory_alone(tmp_path: Path) -> None:
+    with trio.fail_after(LIMIT):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_serve, _url(tmp_path, listen=True))
+            async with (
+                open_session(_url(tmp_path, listen=False)) as session,
+                session.bus.open_endpoint(ECHO_CHANNEL) as endpoint,
+            ):
+                await endpoint.wait_bound()
+                with pytest.raises(PlatformError, match="another program listens"):
+                    await _serve(_url(tmp_path, listen=True))
+                await endpoint.send(b"undisturbed")
+                assert (await endpoint.receive()).payload == b"undisturbed"
+
+
+@pytest.mark.parametrize("url", ["shm:/dev/null?doorbell=unix:/tmp/x&listen=1"])
+async def test_memory_that_is_no_memory_is_refused(url: str) -> None:
+    with pytest.raises(PlatformError, match="shared memory /dev/null"):
+        await _serve(url)
+
+
+async def test_a_descriptor_that_is_no_socket_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        with pytest.raises(PlatformError, match="doorbell fd:"):
+            await _serve(f"shm:{tmp_path}/memory?doorbell=fd:{file.fileno()}")
+        assert not file.closed
+
+
 async def test_a_doorbell_that_is_full_does_not_block_the_kick(tmp_path: Path) -> None:
     with _listener(tmp_path) as sock:
         link = ShmLink(ShmAddress.parse(_url(tmp_path, listen=False)))

@@ -22,6 +22,8 @@ from openamp_py import (
     PlatformError,
     ProcessorState,
     RemoteProcessor,
+    ResourceTable,
+    ResourceTableError,
     StateError,
     open_bus,
     open_processor,
@@ -31,6 +33,7 @@ from openamp_py.platforms import demo
 from openamp_py.platforms.demo import python_firmware
 from openamp_py.remoteproc.elf import Segment
 from openamp_py.remoteproc.lifecycle import TRANSITIONS, Call
+from openamp_py.remoteproc.resource_table import Carveout, Unknown, Vdev, Vring
 
 
 class FakePlatform:
@@ -298,3 +301,71 @@ async def test_waiting_for_the_end_of_a_core_that_never_began_is_refused() -> No
     async with _processor(ProcessorState.READY) as (processor, _):
         with pytest.raises(StateError, match="never started: the processor is ready"):
             await processor.wait_exit()
+
+
+async def test_a_platform_that_fails_in_its_own_way_is_a_platform_error() -> None:
+    async with _processor(ProcessorState.RUNNING) as (processor, platform):
+        device = processor.rpmsg_device()
+        platform.end_error = ZeroDivisionError("oops")  # type: ignore[assignment]
+        assert platform.end is not None
+        platform.end.set()
+        await processor.wait_exit()
+        assert processor.state is ProcessorState.STOPPED
+        assert isinstance(processor.failure, PlatformError)
+        assert isinstance(processor.failure.__cause__, ZeroDivisionError)
+        assert device.failure is processor.failure
+
+
+async def test_a_processor_is_of_no_use_after_its_block() -> None:
+    async with _processor(ProcessorState.RUNNING) as (processor, _):
+        pass
+    assert processor.state is ProcessorState.OFFLINE
+    for call in CALLS:
+        with pytest.raises(StateError, match="the processor's block has ended"):
+            await _do(processor, call)
+
+
+async def test_leaving_the_block_during_a_call_does_not_hide_why() -> None:
+    platform = FakePlatform()
+    platform.power = trio.Event()
+    async with trio.open_nursery() as nursery:
+
+        async def start(processor: RemoteProcessor) -> None:
+            with pytest.raises(StateError, match="ended while start was under way"):
+                await processor.start()
+
+        with pytest.raises(KeyError):
+            async with open_processor(platform) as processor:
+                await processor.configure()
+                await processor.load(python_firmware())
+                nursery.start_soon(start, processor)
+                await trio.testing.wait_all_tasks_blocked()
+                raise KeyError("mine")
+
+
+async def test_what_is_raised_during_a_cancellation_comes_out_as_it_is() -> None:
+    with pytest.raises(KeyError), trio.CancelScope() as scope:
+        async with open_processor(FakePlatform()) as processor:
+            await processor.boot(python_firmware())
+            try:
+                scope.cancel()
+                await trio.sleep_forever()
+            finally:
+                raise KeyError("mine")
+
+
+async def test_a_table_that_is_too_long_is_refused_before_anything_is_written() -> None:
+    table = ResourceTable((Carveout(0x10000, 0, 0, 0, "c"),) * 1024)
+    firmware = python_firmware(ResourceTable((*table.entries[:1023], Unknown(9, bytes(0x4000)))))
+    async with _processor(ProcessorState.CONFIGURED) as (processor, _):
+        with pytest.raises(ResourceTableError, match="at most 0x10000 are possible"):
+            await processor.load(firmware)
+        assert processor.state is ProcessorState.CONFIGURED
+
+
+async def test_config_space_is_where_the_table_says() -> None:
+    vrings = (Vring(0x4000, 0x1000, 256, 1), Vring(0x8000, 0x1000, 256, 2))
+    table = ResourceTable((Vdev(7, 0, 1, vrings=vrings, config=b"CONFIG!!"),))
+    async with _processor() as (processor, _):
+        await processor.boot(python_firmware(table))
+        assert bytes(processor.devices[0].config) == b"CONFIG!!"

@@ -489,6 +489,107 @@ async def test_a_reset_by_the_host_is_seen_by_the_remote(open_pair: Any) -> None
         del host
 
 
+async def test_closing_an_endpoint_wakes_who_sends_on_it(open_pair: Any) -> None:
+    async with open_pair(_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, _remote):
+        for _ in range(2):
+            await host.send(b"fill")
+            await _settle()
+
+        async def send() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await host.send(b"stuck")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await _settle()
+            host.close()
+
+
+async def test_a_second_receiver_is_refused_also_while_the_first_is_being_woken(
+    open_pair: Any,
+) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        received: list[bytes] = []
+
+        async def receive() -> None:
+            received.append((await host.receive()).payload)
+
+        with trio.fail_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                await _settle()
+                host.deliver(b"first", remote.address, None)
+                assert host.receive_nowait().payload == b"first"
+                with pytest.raises(trio.BusyResourceError):
+                    await host.receive()
+                await remote.send(b"second")
+        assert received == [b"second"]
+
+
+async def test_a_send_that_waits_for_a_peer_ends_when_the_channel_is_withdrawn() -> None:
+    """CREATE and DESTROY in one batch: the peer was there and is gone."""
+    async with _raw_remote() as (bus, remote, _), bus.open_endpoint("echo") as endpoint:
+
+        async def send() -> None:
+            with pytest.raises(trio.BrokenResourceError, match="withdrew") as caught:
+                await endpoint.send(b"x")
+            assert isinstance(caught.value.__cause__, PeerGoneError)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await _settle()
+            for destroy in (False, True):
+                announcement = Announcement(Channel("echo", 9), destroy)
+                remote.send(9, NAME_SERVICE_ADDRESS, encode_announcement(announcement))
+            await _settle()
+
+
+@pytest.mark.parametrize("destination", [-1, ADDRESS_ANY, 1 << 32])
+async def test_destinations_that_cannot_be(open_pair: Any, destination: int) -> None:
+    async with open_pair() as pair, pair.host.open_endpoint() as endpoint:
+        with pytest.raises(ValueError, match=r"destination .* is not possible"):
+            await endpoint.send_to(b"", destination)
+
+
+async def test_the_counts_can_be_read_when_all_is_over(open_pair: Any) -> None:
+    async with open_pair() as pair:
+        pass
+    assert pair.host.drops == openamp_py.Drops()
+
+
+async def test_a_buffer_that_is_too_small_is_the_peers_fault(open_pair: Any) -> None:
+    """The host lends 64 bytes where the remote was told of 512."""
+    send, receive = trio.open_memory_channel[BaseException | None](1)
+
+    async def application(link: Link) -> None:
+        async with (
+            openamp_py.open_resources(link) as resources,
+            openamp_py.open_bus(resources.rpmsg_device()) as bus,
+            bus.open_endpoint(destination=5) as endpoint,
+        ):
+            await endpoint.send(bytes(48))
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await endpoint.send(bytes(49))
+            await send.send(caught.value.__cause__)
+
+    async with openamp_py.open_processor(openamp_py.LoopbackPlatform(application)) as processor:
+        await processor.boot(python_firmware())
+        device = processor.rpmsg_device()
+        async with openamp_py.open_bus(device, receive_buffer_size=64):
+            error = await receive.receive()
+    assert isinstance(error, openamp_py.PeerError)
+    assert "too small for 49 bytes" in str(error)
+
+
+async def test_what_a_device_accepted_cannot_be_taken_back(open_pair: Any) -> None:
+    async with open_pair() as pair:
+        features = pair.host_device.features
+        memory = pair.host_device.memory.find_da(36, 4)
+        assert memory is not None
+        memory[:] = bytes(4)
+        assert pair.host_device.features == pair.remote_device.features == features
+
+
 # A hostile remote
 
 
@@ -578,6 +679,42 @@ async def test_the_acknowledgement_is_an_announcement_of_the_host() -> None:
         assert [(m[0], m[1], m[3]) for m in remote.received()] == [
             (endpoint.address, NAME_SERVICE_ADDRESS, expected)
         ]
+
+
+async def test_a_remote_that_repeats_itself_and_takes_nothing_costs_one_answer() -> None:
+    async with _raw_remote() as (bus, remote, _), bus.open_endpoint("echo") as endpoint:
+        announcement = encode_announcement(Announcement(Channel("echo", 9)))
+        async with bus.open_endpoint(destination=5) as other:
+            with pytest.raises(trio.WouldBlock):
+                while True:
+                    other.send_nowait(b"fill")
+            for _ in range(500):
+                remote.send(9, NAME_SERVICE_ADDRESS, announcement)
+                await _settle()
+        answers = []
+        for _ in range(10):
+            answers += [m for m in remote.received() if m[1] == NAME_SERVICE_ADDRESS]
+            remote._kick(1)
+            await _settle()
+        assert [m[0] for m in answers] == [endpoint.address] * 2, "its announcement and one answer"
+
+
+async def test_a_closed_endpoint_is_not_announced_any_more() -> None:
+    async with _raw_remote() as (bus, remote, _), bus.open_endpoint(destination=5) as other:
+        async with bus.open_endpoint("echo"):
+            with pytest.raises(trio.WouldBlock):
+                while True:
+                    other.send_nowait(b"fill")
+            announcement = encode_announcement(Announcement(Channel("echo", 9)))
+            remote.send(9, NAME_SERVICE_ADDRESS, announcement)
+            await _settle()
+            bus._endpoints[1025].close()
+        names = []
+        for _ in range(10):
+            names += [m for m in remote.received() if m[1] == NAME_SERVICE_ADDRESS]
+            remote._kick(1)
+            await _settle()
+        assert len(names) == 1, "only the announcement from before"
 
 
 async def test_acknowledgements_wait_for_buffers_and_are_not_lost() -> None:

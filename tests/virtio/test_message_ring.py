@@ -420,6 +420,15 @@ def test_a_device_is_lent_smaller_buffers_than_it_was_told_of(lent: int) -> None
         assert payloads(one.receive) == [bytes([i]) * limit for i in range(4)]
 
 
+def test_a_device_gets_more_than_it_was_told_of() -> None:
+    """It has no room for it: dropped, whatever the driver's buffer holds."""
+    with link(Role.DRIVER, 4, 512, told=64) as one:
+        for length in (49, 48, 496):
+            one.send.send(1, 2, bytes(length))
+        assert payloads(one.receive) == [bytes(48)]
+        assert one.receive.bad_length == 2
+
+
 @pytest.mark.parametrize("length", [0, 15])
 def test_a_buffer_without_room_for_a_header(length: int) -> None:
     with link(Role.DEVICE, 4, 512) as one:
