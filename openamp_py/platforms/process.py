@@ -9,7 +9,6 @@ from pathlib import Path
 
 import trio
 
-import openamp_py
 from openamp_py.errors import CoreDiedError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
@@ -30,7 +29,7 @@ _RUN_MODULE = (
 
 def module_command(module: str, *arguments: str) -> tuple[str, ...]:
     """The command that runs a module of this very package, whatever directory we are in."""
-    home = str(Path(openamp_py.__file__).parents[1])
+    home = str(Path(__file__).resolve().parents[2])
     return (sys.executable, "-c", _RUN_MODULE, home, module, *arguments)
 
 
