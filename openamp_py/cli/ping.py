@@ -153,7 +153,7 @@ def _run(options: argparse.Namespace) -> int:
         error = problem
     if options.json:
         print(json.dumps(_to_dict(options, result, error)))
-    elif result.sent:
+    elif result.boot_ms is not None:
         _print_summary(options, result)
     if error is not None:
         raise error
