@@ -174,7 +174,6 @@ async def _ping(options: argparse.Namespace, result: _Result) -> None:
                 await endpoint.wait_bound()
                 waiting.deadline = math.inf
                 result.boot_ms = (time.perf_counter() - started) * 1e3
-                _print_start(options, endpoint)
                 await _ping_until_interrupted(options, session, endpoint, result, progress)
         if waiting.cancelled_caught:
             raise PeerError(
@@ -200,6 +199,7 @@ async def _ping_until_interrupted(
 ) -> None:
     """Pings, and shuts down gracefully also after Ctrl-C; a second one makes it hard."""
     with trio.open_signal_receiver(signal.SIGINT) as signals:
+        _print_start(options, endpoint)
         async with open_background() as nursery:
             pinging, leaving = trio.CancelScope(), trio.CancelScope()
 
