@@ -86,7 +86,8 @@ void vq_start(struct vq *q);
 
 /* Continues with the indexes in memory. The next entry to take from the other side's
  * ring is `seen`: on the device normally its own used index (the chains after it are
- * taken anew), on the driver the used index up to which it had looked. Notifications are on. */
+ * taken anew), on the driver the used index up to which it had looked. What is out is taken to be
+ * what was added since: right where the device returns chains in order. Notifications are on. */
 int32_t vq_attach(struct vq *q, uint16_t seen);
 uint16_t vq_available_index(const struct vq *q); /* as it stands in memory */
 uint16_t vq_used_index(const struct vq *q);

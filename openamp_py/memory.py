@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import fcntl
 import itertools
 import mmap
 import os
@@ -115,6 +116,9 @@ def _align_up(value: int, align: int) -> int:
     return (value + align - 1) // align * align
 
 
+_SIZE_IS_FINAL = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
 class SharedMemory:
     """A file descriptor of shared memory and its mapping in this process.
 
@@ -137,9 +141,11 @@ class SharedMemory:
         """New zeroed memory without a name in the file system (memfd)."""
         if size < 1:
             raise ValueError(f"shared memory of {size} bytes; at least 1 is needed")
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
+            # Whoever else has it cannot take the memory from under our mapping.
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_IS_FINAL)
         except OSError:
             os.close(fd)
             raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from openamp_py.echo import serve_echo
-from openamp_py.errors import CoreDiedError, VirtqueueError
+from openamp_py.errors import OpenAMPError, PeerGoneError
 from openamp_py.platforms import (
     LoopbackPlatform,
     NativePlatform,
@@ -91,7 +91,7 @@ class Session:
             acknowledged = await _wait_acknowledgement(endpoint)
             if self.processor is not None:
                 await self.processor.wait_exit()
-        except (CoreDiedError, VirtqueueError, trio.ClosedResourceError) as error:
+        except (OpenAMPError, trio.ClosedResourceError) as error:
             return str(error)
         except trio.BusyResourceError as error:
             return f"the remote could not be asked: {error}"
@@ -105,8 +105,7 @@ async def _wait_acknowledgement(endpoint: Endpoint) -> bool:
         Whether it answered, or withdrew the service, which is all that OpenAMP's programs do.
 
     Raises:
-        CoreDiedError: the core died instead.
-        VirtqueueError: the remote broke a ring instead.
+        OpenAMPError: the core died, its platform failed, or it broke a ring instead.
     """
     acknowledged = False
     try:
@@ -116,8 +115,9 @@ async def _wait_acknowledgement(endpoint: Endpoint) -> bool:
             acknowledged = acknowledged or message.payload == SHUTDOWN_REQUEST
         return True
     except trio.BrokenResourceError as error:
-        if isinstance(error.__cause__, CoreDiedError | VirtqueueError):
-            raise error.__cause__ from None
+        cause = error.__cause__
+        if isinstance(cause, OpenAMPError) and not isinstance(cause, PeerGoneError):
+            raise cause from None
         return acknowledged or endpoint.is_withdrawn
 
 

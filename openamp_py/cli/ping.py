@@ -218,7 +218,7 @@ async def _ping_until_interrupted(
             result.shutdown = Shutdown(False, "it was interrupted")
             with leaving:
                 result.shutdown = await session.shutdown(endpoint, grace=options.grace)
-    if not (result.shutdown.graceful or leaving.cancelled_caught):
+    if not result.shutdown.graceful:
         raise PeerError(f"the shutdown was hard: {result.shutdown.reason}")
 
 

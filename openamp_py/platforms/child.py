@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 
 import trio
 
-from openamp_py.errors import CoreCrashedError, PlatformError
+from openamp_py.errors import CoreCrashedError, PeerGoneError, PlatformError
 from openamp_py.platforms.doorbell import Doorbell
+
+# A child that closes its doorbell is about to end; after so many seconds it is not.
+_EXIT_GRACE = 1.0
 
 
 def spawn(
@@ -45,24 +48,39 @@ async def run_child(
 ) -> None:
     """Listens to a child until it has ended; then `process.returncode` is set.
 
+    Raises:
+        PeerGoneError: it closed its doorbell and did not end; it was killed.
+
     Cancellation: the child is killed and reaped.
     """
     pidfd = -1
+    deaf = False
+
+    async def listen(nursery: trio.Nursery) -> None:
+        nonlocal deaf
+        await doorbell.run(notified)
+        await trio.sleep(_EXIT_GRACE)
+        deaf = True
+        nursery.cancel_scope.cancel()
+
     try:
         pidfd = os.pidfd_open(process.pid)
         task_status.started()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(doorbell.run, notified)
+            nursery.start_soon(listen, nursery)
             await trio.lowlevel.wait_readable(pidfd)
             nursery.cancel_scope.cancel()
         # What it wrote last may have come without a kick that was heard.
         notified()
+        if deaf:
+            raise PeerGoneError("the core closed its doorbell and went on running")
     finally:
         if pidfd >= 0:
             os.close(pidfd)
-        # The child leads a group of its own; what it started goes with it.
+        # The child leads a group of its own: what it started goes with it, unless it left.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
 
 

@@ -118,24 +118,24 @@ class NativeCore(DoorbellLink):
             stack.callback(theirs.close)
             self.doorbell = Doorbell(ours)
             stack.callback(self.doorbell.close)
-            # A report fits a memfd as well as a pipe, and is still there after any death.
-            report = os.memfd_create("openamp-report", os.MFD_CLOEXEC)
-            stack.callback(os.close, report)
+            # Memory of just its size: still there after any death, and never more than that.
+            report = SharedMemory.create("openamp-report", _REPORT.size)
+            stack.callback(report.close)
             process = spawn(
                 [
                     shipped.path("native-core"),
                     str(self._fd),
                     str(theirs.fileno()),
-                    str(report),
+                    str(report.fd),
                     hex(self._entry),
                     self._window,
                 ],
-                pass_fds=(self._fd, theirs.fileno(), report),
+                pass_fds=(self._fd, theirs.fileno(), report.fd),
             )
             theirs.close()
             self.pid = process.pid
             await run_child(process, self.doorbell, notified, task_status)
-            _judge(process.returncode, os.pread(report, _REPORT.size, 0))
+            _judge(process.returncode, os.pread(report.fd, _REPORT.size, 0))
 
 
 def _judge(returncode: int, report: bytes) -> None:
@@ -144,10 +144,7 @@ def _judge(returncode: int, report: bytes) -> None:
     The firmware shares the process with whatever wrote the report, so it is taken as a hint
     about the cause and not for whether there was one.
     """
-    kind = code = address = pc = 0
-    text = b""
-    if len(report) == _REPORT.size:
-        kind, _number, code, _pad, address, pc, _sp, text = _REPORT.unpack(report)
+    kind, _number, code, _pad, address, pc, _sp, text = _REPORT.unpack(report)
     if returncode < 0:
         error = killed("the core", returncode)
         if kind == _FAULT:

@@ -180,6 +180,8 @@ class ShmLink(DoorbellLink):
                 if os.path.lexists(path):
                     if not stat.S_ISSOCK(os.lstat(path).st_mode):
                         raise PlatformError(f"doorbell {path}: it exists and is not a socket")
+                    if _is_listening(path):
+                        raise PlatformError(f"doorbell {path}: another program listens on it")
                     os.unlink(path)
                 listener.bind(path)
                 stack.callback(_unlink, path)
@@ -190,6 +192,22 @@ class ShmLink(DoorbellLink):
                 await trio.lowlevel.wait_readable(listener)
                 with contextlib.suppress(BlockingIOError):
                     return listener.accept()[0]
+
+
+# The flag in /proc/net/unix of a socket that accepts connections (__SO_ACCEPTCON).
+_ACCEPTS = 0x10000
+
+
+def _is_listening(path: str) -> bool:
+    """Whether a program accepts connections there. To connect would make us its one peer."""
+    with open("/proc/net/unix") as sockets:
+        next(sockets)
+        for line in sockets:
+            # Num, RefCount, Protocol, Flags, Type, St, Inode, Path
+            fields = line.rstrip("\n").split(" ", 7)
+            if len(fields) == 8 and fields[7].strip() == path and int(fields[3], 16) & _ACCEPTS:
+                return True
+    return False
 
 
 # struct flock of fcntl(2): type and whence short, start and length off_t, pid

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from openamp_py.background import open_background
-from openamp_py.errors import CoreDiedError, OpenAMPError, PeerGoneError, StateError
+from openamp_py.errors import OpenAMPError, PeerGoneError, StateError
 from openamp_py.remoteproc.elf import Firmware, decode_elf_untrusted
 from openamp_py.remoteproc.lifecycle import Call, ProcessorState, next_state
 from openamp_py.remoteproc.plan import LoadPlan, plan_load
@@ -151,8 +151,9 @@ class RemoteProcessor:
             await self.load(image)
             await self.start()
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await self.shutdown()
+            if not self._closed:
+                with trio.CancelScope(shield=True):
+                    await self.shutdown()
             raise
 
     async def stop(self) -> None:
@@ -178,12 +179,13 @@ class RemoteProcessor:
 
         Raises:
             CoreDiedError: it crashed, or asked for a reset.
+            PlatformError: its platform failed.
             StateError: it was never started.
         """
         if self._ended is None:
             raise StateError(f"the core was never started: the processor is {self.state.value}")
         await self._ended.wait()
-        if isinstance(self.failure, CoreDiedError):
+        if self.failure is not None and not isinstance(self.failure, PeerGoneError):
             raise self.failure.with_traceback(None)
 
     async def _live(self, core: Link, life: _Life, *, task_status: trio.TaskStatus[None]) -> None:

@@ -58,6 +58,8 @@ class Drops:
     """Nobody listens at their destination."""
     bad_length: int = 0
     """Header and buffer contradict each other."""
+    bad_source: int = 0
+    """Their source is the address that means "any"; nobody could be answered."""
     bad_announcement: int = 0
     """Name-service messages that are malformed, withdraw what is unknown, or are too many."""
 
@@ -255,6 +257,13 @@ class Bus:
         if more:
             self._trio_token.run_sync_soon(self._drain_on, idempotent=True)
 
+    def catch_up(self) -> None:
+        """Handles what happened to the device before the bus listened to it."""
+        if self._device.failure is not None:
+            self._device_failed(self._device.failure)
+        else:
+            self.drain()
+
     def took_message(self, endpoint: Endpoint, head: int | None) -> None:
         """A message was received that held its buffer, or that made room."""
         if not endpoint.is_full:
@@ -331,7 +340,7 @@ class Bus:
             return
         self.drain()
         if self.failure is None and not self._device.is_up:
-            self._fail(
+            self._device_failed(
                 PeerGoneError(
                     f"{self._device.name}: the other side reset the device "
                     f"(status {self._device.status:#x})"
@@ -346,6 +355,11 @@ class Bus:
 
     def _deliver(self, source: int, destination: int, head: int | None, payload: bytes) -> bool:
         """Hands one message on. Returns whether it keeps its buffer `head`."""
+        if source == ADDRESS_ANY:
+            count = self._drops.bad_source
+            self._drops = replace(self._drops, bad_source=count + 1)
+            _logger.log(_level(count), "%s: dropped a message from no address", self._device.name)
+            return False
         endpoint = self._endpoints.get(destination)
         if endpoint is None:
             if destination == NAME_SERVICE_ADDRESS and self._names:
@@ -398,7 +412,7 @@ class Bus:
         for endpoint in self._endpoints.values():
             if endpoint.name == channel.name and endpoint.destination in (None, channel.address):
                 endpoint.bind(channel.address)
-                if self.role is Role.DRIVER and endpoint.is_announced:
+                if self.role is Role.DRIVER and endpoint.announces:
                     self._replies[endpoint] = None
                     self._send_replies()
                 return
@@ -418,7 +432,10 @@ class Bus:
                 endpoint = next(iter(self._replies))
                 if not self._want_buffer():
                     return  # and a notification will come
-                self._try_send(endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement())
+                announcement = endpoint.announcement()
+                if not self._try_send(endpoint.address, NAME_SERVICE_ADDRESS, announcement):
+                    return
+                endpoint.was_told()
                 del self._replies[endpoint]
         except trio.BrokenResourceError:
             return
@@ -489,36 +506,34 @@ async def open_rings(
     await trio.lowlevel.checkpoint()
     if device.failure is not None:
         raise trio.BrokenResourceError(f"{device.name}: {device.failure}") from device.failure
-    if device.role is Role.DRIVER:
+    driver = device.role is Role.DRIVER
+    if driver:
         device.begin(RPMSG_F_NS)
-        receives, sends = (vring.layout.num for vring in device.vrings)
-        received_bytes = receives * receive_buffer_size
-        pa, pool = device.buffers(received_bytes + sends * send_buffer_size)
-        receive_pool: tuple[int, memoryview] | None = (pa, pool[:received_bytes])
-        send_pool: tuple[int, memoryview] | None = (pa + received_bytes, pool[received_bytes:])
-        receive_index, send_index = _TO_DRIVER, _TO_DEVICE
     else:
         await _wait_driver(device)
-        receive_pool = send_pool = None
-        receive_index, send_index = _TO_DEVICE, _TO_DRIVER
     with contextlib.ExitStack() as stack:
+
+        def open_ring(
+            index: int, size: int, *, sender: bool, pool: tuple[int, memoryview] | None
+        ) -> MessageRing:
+            queue = stack.enter_context(contextlib.closing(device.open_queue(index)))
+            ring = MessageRing(queue, sender=sender, buffer_size=size, pool=pool)
+            stack.callback(ring.close)
+            return ring
+
         try:
-            receiving = MessageRing(
-                stack.enter_context(contextlib.closing(device.open_queue(receive_index))),
-                sender=False,
-                buffer_size=receive_buffer_size,
-                pool=receive_pool,
-            )
-            stack.callback(receiving.close)
-            sending = MessageRing(
-                stack.enter_context(contextlib.closing(device.open_queue(send_index))),
-                sender=True,
-                buffer_size=send_buffer_size,
-                pool=send_pool,
-            )
-            stack.callback(sending.close)
+            receive_pool = send_pool = None
+            if driver:
+                receives, sends = (vring.layout.num for vring in device.vrings)
+                received_bytes = receives * receive_buffer_size
+                pa, pool = device.buffers(received_bytes + sends * send_buffer_size)
+                receive_pool = (pa, pool[:received_bytes])
+                send_pool = (pa + received_bytes, pool[received_bytes:])
+            from_peer, to_peer = (_TO_DRIVER, _TO_DEVICE) if driver else (_TO_DEVICE, _TO_DRIVER)
+            receiving = open_ring(from_peer, receive_buffer_size, sender=False, pool=receive_pool)
+            sending = open_ring(to_peer, send_buffer_size, sender=True, pool=send_pool)
         except BaseException:
-            if device.role is Role.DRIVER:
+            if driver:
                 device.give_up()
             raise
         yield sending, receiving
@@ -533,7 +548,8 @@ async def open_bus(
 ) -> AsyncIterator[Bus]:
     """Brings an RPMsg device up for an `async with` block and takes it down at its end.
 
-    A driver (host) sets the device up at once; a device (remote) waits for its driver.
+    A driver (host) sets the device up at once, and once in its life; a device (remote) waits for
+    its driver.
 
     Args:
         device: an RPMsg device, from a `RemoteProcessor` or `open_resources`.
@@ -544,6 +560,7 @@ async def open_bus(
     Raises:
         ValueError: it is not an RPMsg device, or a buffer size is not possible.
         ResourceTableError: its vrings or buffers do not fit its memory.
+        StateError: a driver had it before; a new start of the processor makes a new device.
         trio.BrokenResourceError: the other side is gone.
     """
     async with open_rings(
@@ -553,8 +570,8 @@ async def open_bus(
         try:
             if device.role is Role.DRIVER:
                 device.set_driver_ok()
-            # What came in before there was a bus has had its notification already.
-            bus.drain()
+            # What came in, or went wrong, before there was a bus has been told already.
+            bus.catch_up()
             yield bus
         finally:
             await bus.aclose()

@@ -61,7 +61,8 @@ class Endpoint:
         self._receiving = False
         self._sleeper: trio.lowlevel.Task | None = None
         self._binding = trio.lowlevel.ParkingLot()
-        self._announced = False
+        self._announces = False
+        self._told = False
         self._withdrawn = False
         self._closed = False
 
@@ -193,8 +194,8 @@ class Endpoint:
         waits at most a second for one, shielded.
         """
         try:
-            if self._announced and not self._closed and self._bus.failure is None:
-                self._announced = False
+            if self._told and not self._closed and self._bus.failure is None:
+                self._told = self._announces = False
                 with (
                     trio.move_on_after(CLOSE_GRACE, shield=True),
                     contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
@@ -208,7 +209,7 @@ class Endpoint:
         """Closes at once, without a word to the peer. Idempotent."""
         if not self._closed:
             self._closed = True
-            self._announced = False
+            self._announces = False
             self._bus.forget(self, [head for _, head in self._queue if head is not None])
             self._queue.clear()
             self.wake()
@@ -218,22 +219,23 @@ class Endpoint:
     async def announce(self) -> None:
         """Tells the peer of this endpoint."""
         # From before it goes out: a service that is announced to us meanwhile gets its answer.
-        self._announced = True
-        try:
-            await trio.lowlevel.checkpoint_if_cancelled()
-            await self._send(self.announcement(), NAME_SERVICE_ADDRESS)
-        except BaseException:
-            self._announced = False
-            raise
+        self._announces = True
+        await trio.lowlevel.checkpoint_if_cancelled()
+        await self._send(self.announcement(), NAME_SERVICE_ADDRESS)
+        self._told = True
 
     def announcement(self, *, destroy: bool = False) -> bytes:
         """The name-service message that tells the peer of this endpoint, or withdraws it."""
         return encode_announcement(Announcement(Channel(self.name or "", self.address), destroy))
 
     @property
-    def is_announced(self) -> bool:
-        """Whether the peer was told of this endpoint."""
-        return self._announced
+    def announces(self) -> bool:
+        """Whether the peer is to be told of this endpoint."""
+        return self._announces
+
+    def was_told(self) -> None:
+        """The peer was told of this endpoint in an answer, so it is told of its end too."""
+        self._told = True
 
     def check_usable(self) -> None:
         """Raises when the endpoint is closed or its bus failed."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from openamp_py.constants import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
-from openamp_py.errors import OpenAMPError, ResourceTableError
+from openamp_py.errors import OpenAMPError, ResourceTableError, StateError
 from openamp_py.memory import MemoryMap
 from openamp_py.virtio.shared import SharedU8, SharedU32
 from openamp_py.virtio.virtqueue import Role, Virtqueue
@@ -113,6 +113,7 @@ class VirtioDevice:
         self._accepted = accepted
         self._kick = kick
         self._features = 0
+        self._begun = False
         self._closed = False
 
     @property
@@ -146,8 +147,15 @@ class VirtioDevice:
 
         Returns:
             The features in use.
+
+        Raises:
+            StateError: it was begun before.
         """
         self._check_role(Role.DRIVER)
+        if self._begun:
+            # The other side may not have seen the reset, and works the old rings still.
+            raise StateError(f"{self.name} was driven before; start its processor anew")
+        self._begun = True
         self._features = features = self.offered & (supported | TRANSPORT_FEATURES)
         self._status.store(0)
         if self.handshake is Handshake.FULL:

@@ -141,6 +141,9 @@ class Virtqueue:
     def attach(self, seen: int | None = None) -> None:
         """Continues with the indexes found in memory, where a peer is already running.
 
+        What is out is taken to be what was made available since `seen`, which is right where
+        the device returns chains in the order it got them, as RPMsg devices do.
+
         Args:
             seen: index in the other side's ring of the first entry not dealt with yet.
                 By default the used index: a device then takes all chains that were not put

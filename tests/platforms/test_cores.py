@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -235,6 +236,38 @@ async def test_what_a_program_started_ends_with_it() -> None:
     with pytest.raises(ProcessLookupError):
         while True:
             os.killpg(group, 0)
+
+
+async def test_a_program_that_closes_its_doorbell_and_goes_on_is_gone() -> None:
+    script = "import os, sys, time; os.closerange(3, 100); time.sleep(1000)"
+    async with open_processor(ProcessPlatform((sys.executable, "-c", script))) as processor:
+        await processor.boot(python_firmware())
+        with trio.fail_after(LIMIT):
+            await processor.wait_exit()
+        assert "closed its doorbell" in str(processor.failure)
+
+
+async def test_a_program_that_leaves_its_group_ends_with_its_core() -> None:
+    script = "import os, time; os.setpgid(0, os.getppid()); time.sleep(1000)"
+    async with open_processor(ProcessPlatform((sys.executable, "-c", script))) as processor:
+        await processor.boot(python_firmware())
+        with trio.fail_after(LIMIT):
+            await processor.shutdown()
+
+
+async def test_a_remote_cannot_take_the_memory_away() -> None:
+    script = """
+import os
+for fd in range(3, 100):
+    try:
+        os.ftruncate(fd, 0)
+    except OSError:
+        pass
+"""
+    async with open_processor(ProcessPlatform((sys.executable, "-c", script))) as processor:
+        await processor.boot(python_firmware())
+        await processor.wait_exit()
+        assert bytes(processor.platform.memory.regions[0].view[:4]) == b"\1\0\0\0"
 
 
 async def test_a_program_that_is_not_there_is_a_platform_error() -> None:

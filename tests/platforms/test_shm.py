@@ -251,6 +251,17 @@ async def test_a_second_listener_leaves_the_first_ones_memory_alone(tmp_path: Pa
                 assert (await endpoint.receive()).payload == b"undisturbed"
 
 
+async def test_a_second_listener_leaves_the_first_ones_doorbell_alone(tmp_path: Path) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_serve, _url(tmp_path, listen=True))
+        await trio.testing.wait_all_tasks_blocked()
+        other = f"shm:{tmp_path}/other?doorbell=unix:{tmp_path}/bell&listen=1"
+        with pytest.raises(PlatformError, match="another program listens on it"):
+            await _serve(other)
+        assert (tmp_path / "bell").exists()
+        nursery.cancel_scope.cancel()
+
+
 @pytest.mark.parametrize("url", ["shm:/dev/null?doorbell=unix:/tmp/x&listen=1"])
 async def test_memory_that_is_no_memory_is_refused(url: str) -> None:
     with pytest.raises(PlatformError, match="shared memory /dev/null"):

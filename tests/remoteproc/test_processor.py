@@ -309,9 +309,10 @@ async def test_a_platform_that_fails_in_its_own_way_is_a_platform_error() -> Non
         platform.end_error = ZeroDivisionError("oops")  # type: ignore[assignment]
         assert platform.end is not None
         platform.end.set()
-        await processor.wait_exit()
+        with pytest.raises(PlatformError, match="fake core failed: ZeroDivisionError"):
+            await processor.wait_exit()
         assert processor.state is ProcessorState.STOPPED
-        assert isinstance(processor.failure, PlatformError)
+        assert processor.failure is not None
         assert isinstance(processor.failure.__cause__, ZeroDivisionError)
         assert device.failure is processor.failure
 

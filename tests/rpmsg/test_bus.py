@@ -474,6 +474,70 @@ async def test_what_was_sent_before_the_end_is_still_received(open_pair: Any) ->
             await host.receive()
 
 
+async def test_what_was_sent_before_a_reset_is_still_received(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        for number in range(200):
+            host.send_nowait(bytes((number,)))
+        pair.host_device.end()
+        await _settle()
+        assert [(await remote.receive()).payload[0] for _ in range(200)] == list(range(200))
+
+
+async def test_a_device_is_driven_once(open_pair: Any) -> None:
+    async with open_pair() as pair:
+        with pytest.raises(openamp_py.StateError, match="driven before"):
+            async with openamp_py.open_bus(pair.host_device):
+                pass
+
+
+async def test_a_driver_that_comes_up_and_leaves_at_once_is_noticed() -> None:
+    async def application(link: Link) -> None:
+        async with openamp_py.open_resources(link) as resources:
+            device = resources.rpmsg_device()
+            device.on_notify = None
+            while not device.poll_driver():
+                await trio.lowlevel.checkpoint()
+            device.fail(PeerGoneError("gone"))
+            with pytest.raises(trio.BrokenResourceError):
+                async with openamp_py.open_bus(device) as bus, bus.open_endpoint("x"):
+                    pass
+
+    with trio.fail_after(10):
+        async with openamp_py.open_processor(openamp_py.LoopbackPlatform(application)) as processor:
+            await processor.boot(python_firmware())
+            async with openamp_py.open_bus(processor.rpmsg_device()):
+                await processor.wait_exit()
+
+
+async def test_a_withdrawal_follows_also_an_announcement_that_was_cancelled() -> None:
+    """All buffers are out; the answer to a CREATE goes out, then the announcement is cancelled."""
+    async with _raw_remote() as (bus, remote, _), bus.open_endpoint(destination=5) as other:
+        with pytest.raises(trio.WouldBlock):
+            while True:
+                other.send_nowait(b"fill")
+        async with trio.open_nursery() as nursery:
+
+            async def announce() -> None:
+                async with bus.open_endpoint("echo"):
+                    await trio.sleep_forever()
+
+            nursery.start_soon(announce)
+            await _settle()
+            announcement = encode_announcement(Announcement(Channel("echo", 9)))
+            remote.send(9, NAME_SERVICE_ADDRESS, announcement)
+            await _settle()
+            names = [m for m in remote.received() if m[1] == NAME_SERVICE_ADDRESS]
+            remote._kick(1)
+            await _settle()
+            nursery.cancel_scope.cancel()
+        for _ in range(10):
+            names += [m for m in remote.received() if m[1] == NAME_SERVICE_ADDRESS]
+            remote._kick(1)
+            await _settle()
+        flags = [m[3][36] for m in names]
+        assert flags[-1:] == [1] or not flags, "who was told of it is told of its end"
+
+
 async def test_a_reset_by_the_host_is_seen_by_the_remote(open_pair: Any) -> None:
     async with open_pair() as pair, _bound(pair) as (host, remote):
         async with trio.open_nursery() as nursery:
@@ -767,6 +831,8 @@ def test_any_messages_are_delivered_or_counted(messages: list[tuple[int, int, by
             for message in messages:
                 remote.send(*message)
                 await _settle()
+            from_nobody = sum(s == ADDRESS_ANY for s, _, _ in messages)
+            messages_from_somebody = [m for m in messages if m[0] != ADDRESS_ANY]
             delivered = 0
             while True:
                 try:
@@ -775,9 +841,11 @@ def test_any_messages_are_delivered_or_counted(messages: list[tuple[int, int, by
                     break
                 assert tuple(received) in [(p, s) for s, d, p in messages if d == endpoint.address]
                 delivered += 1
-            assert delivered == sum(d == endpoint.address for _, d, _ in messages)
-            to_names = sum(d == NAME_SERVICE_ADDRESS for _, d, _ in messages)
-            assert bus.drops.unknown_destination == len(messages) - delivered - to_names
+            destinations = [d for _, d, _ in messages_from_somebody]
+            assert delivered == destinations.count(endpoint.address)
+            to_names = destinations.count(NAME_SERVICE_ADDRESS)
+            assert bus.drops.unknown_destination == len(destinations) - delivered - to_names
+            assert bus.drops.bad_source == from_nobody
             assert bus.failure is None
 
     trio.run(main)

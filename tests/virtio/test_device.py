@@ -14,7 +14,7 @@ from openamp_py.constants import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
-from openamp_py.errors import PeerGoneError
+from openamp_py.errors import PeerGoneError, StateError
 from openamp_py.memory import MemoryMap, Region, SharedMemory
 from openamp_py.virtio import Handshake, Role, SharedU8, SharedU32, VirtioDevice, Vring
 from openamp_py.virtio.device import TRANSPORT_FEATURES
@@ -146,13 +146,23 @@ def test_the_openamp_walk() -> None:
 
 
 @BOTH_HANDSHAKES
-def test_a_second_life_begins_from_zero(handshake: Handshake) -> None:
+def test_a_stale_status_is_begun_from_zero(handshake: Handshake) -> None:
     with bench(handshake=handshake) as b:
-        for _ in range(2):
+        b.view[STATUS_AT] = 4
+        b.driver.begin(RPMSG_F_NS)
+        assert not b.device.poll_driver(), "not up before the queues are ready"
+        b.driver.set_driver_ok()
+        assert b.device.poll_driver()
+
+
+def test_a_device_is_begun_once() -> None:
+    """The other side may still work the rings of the first time."""
+    with bench() as b:
+        b.driver.begin(RPMSG_F_NS)
+        status = b.driver.status
+        with pytest.raises(StateError, match="driven before; start its processor anew"):
             b.driver.begin(RPMSG_F_NS)
-            assert not b.device.poll_driver(), "not up before the queues are ready"
-            b.driver.set_driver_ok()
-            assert b.device.poll_driver()
+        assert b.driver.status == status
 
 
 @pytest.mark.parametrize("status", [4, 7, 0xF])
