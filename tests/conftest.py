@@ -117,14 +117,3 @@ def open_pair() -> OpenPair:
 def core(request: pytest.FixtureRequest) -> str:
     """Every core that a session can boot."""
     return str(request.param)
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--run-slow", action="store_true", help="run the tests marked slow too")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--run-slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: run it with --run-slow"))
