@@ -91,7 +91,7 @@ async def test_nothing_runs_while_nobody_talks() -> None:
         before = _cpu_ticks(child)
         with trio.move_on_after(0.3):
             await endpoint.receive()
-        assert _cpu_ticks(child) == before
+        assert _cpu_ticks(child) <= before + 1, "a core that spins would use 30"
 
 
 def _cpu_ticks(pid: str) -> int:
