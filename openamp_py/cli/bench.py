@@ -14,12 +14,11 @@ from openamp_py.cli.common import (
     DONE,
     Progress,
     Subparsers,
-    UsageError,
     plain_errors,
     positive_int,
     seconds,
+    usage_errors,
 )
-from openamp_py.errors import OpenAMPError
 from openamp_py.session import CORES
 
 _LEGEND = """\
@@ -79,12 +78,8 @@ def _run(options: argparse.Namespace) -> int:
         )
 
     try:
-        with plain_errors():
+        with usage_errors(), plain_errors():
             rows = trio.run(measure)
-    except ValueError as error:
-        if isinstance(error, OpenAMPError):
-            raise
-        raise UsageError(str(error)) from error
     finally:
         progress.clear()
     if options.json:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import trio
 
-from openamp_py.errors import PeerError
+from openamp_py.errors import OpenAMPError, PeerError
 
 DONE, FAILED, USAGE = 0, 1, 2
 """Exit codes: done; the peer, the firmware or the platform failed; used wrongly."""
@@ -42,9 +42,11 @@ def plain_errors() -> Iterator[None]:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Takes a bad value for a mistake of whoever typed it."""
+    """Takes a bad value for a mistake of whoever typed it; bad firmware is not one."""
     try:
         yield
+    except OpenAMPError:
+        raise
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -204,8 +204,8 @@ def _is_listening(path: str) -> bool:
         next(sockets)
         for line in sockets:
             # Num, RefCount, Protocol, Flags, Type, St, Inode, Path
-            fields = line.rstrip("\n").split(" ", 7)
-            if len(fields) == 8 and fields[7].strip() == path and int(fields[3], 16) & _ACCEPTS:
+            fields = line.rstrip("\n").split(None, 7)
+            if len(fields) == 8 and fields[7] == path and int(fields[3], 16) & _ACCEPTS:
                 return True
     return False
 

@@ -57,7 +57,8 @@ class Endpoint:
         self._fixed = destination != ADDRESS_ANY
         self._destination = destination
         self._queue_limit = queue_limit
-        self._queue: deque[tuple[Message, int | None]] = deque()
+        self._queue: deque[Message] = deque()
+        self._held: deque[int] = deque()  # buffers of the youngest messages in the queue
         self._receiving = False
         self._sleeper: trio.lowlevel.Task | None = None
         self._binding = trio.lowlevel.ParkingLot()
@@ -210,8 +211,9 @@ class Endpoint:
         if not self._closed:
             self._closed = True
             self._announces = False
-            self._bus.forget(self, [head for _, head in self._queue if head is not None])
+            self._bus.forget(self, list(self._held))
             self._queue.clear()
+            self._held.clear()
             self.wake()
 
     # What follows is for the bus.
@@ -266,7 +268,9 @@ class Endpoint:
         """A message came; `head` is its buffer if that was not given back yet."""
         if self._destination == ADDRESS_ANY:
             self.bind(source)
-        self._queue.append((Message(payload, source), head))
+        self._queue.append(Message(payload, source))
+        if head is not None:
+            self._held.append(head)
         self._wake_receiver()
 
     def wake(self) -> None:
@@ -305,9 +309,10 @@ class Endpoint:
 
     def _take(self) -> Message:
         was_full = self.is_full
-        message, head = self._queue.popleft()
-        if was_full or head is not None:
-            self._bus.took_message(self, head)
+        message = self._queue.popleft()
+        # Each message taken lets the peer send one, or two handlers that reply could both wait.
+        if was_full:
+            self._bus.took_message(self, self._held.popleft() if self._held else None)
         return message
 
     def _check_payload(self, payload: Payload) -> bytes:

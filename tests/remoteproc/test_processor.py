@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class FakePlatform:
         self.start_error: OpenAMPError | None = None
         self.power: trio.Event | None = None
         self.end: trio.Event | None = None
-        self.end_error: OpenAMPError | None = None
+        self.end_error: Exception | None = None
         self.closed = False
 
     def check(self, firmware: Firmware) -> None:
@@ -96,7 +96,7 @@ class FakeCore:
             raise self._platform.end_error
 
 
-CALLS: dict[Call, Callable[[RemoteProcessor], object]] = {
+CALLS: dict[Call, Callable[[RemoteProcessor], Awaitable[None]]] = {
     Call.CONFIGURE: lambda p: p.configure(),
     Call.LOAD: lambda p: p.load(python_firmware()),
     Call.START: lambda p: p.start(),
@@ -114,7 +114,7 @@ PATHS = {
 
 
 async def _do(processor: RemoteProcessor, call: Call) -> None:
-    await CALLS[call](processor)  # type: ignore[misc]
+    await CALLS[call](processor)
 
 
 @asynccontextmanager
@@ -306,7 +306,7 @@ async def test_waiting_for_the_end_of_a_core_that_never_began_is_refused() -> No
 async def test_a_platform_that_fails_in_its_own_way_is_a_platform_error() -> None:
     async with _processor(ProcessorState.RUNNING) as (processor, platform):
         device = processor.rpmsg_device()
-        platform.end_error = ZeroDivisionError("oops")  # type: ignore[assignment]
+        platform.end_error = ZeroDivisionError("oops")
         assert platform.end is not None
         platform.end.set()
         with pytest.raises(PlatformError, match="fake core failed: ZeroDivisionError"):
