@@ -91,11 +91,6 @@ class Arena:
         if size:
             bisect.insort(self._taken, (da, da + size))
 
-    def release(self, da: int, size: int) -> None:
-        """Gives back a range that `reserve` or `allocate` took."""
-        if size:
-            self._taken.remove((da, da + size))
-
     def allocate(self, size: int, align: int) -> int | None:
         """Takes the lowest free range and returns its device address, or None without room."""
         for region in self._memory.regions:

@@ -70,8 +70,6 @@ def test_the_lowest_free_range() -> None:
     assert arena.allocate(0xD0, 1) == 0x1030
     assert arena.allocate(1, 1) == 0x8200
     assert arena.allocate(0x1000, 1) is None
-    arena.release(0x1010, 0x10)
-    assert arena.allocate(0x10, 16) == 0x1010
 
 
 def test_alignment_skips_what_is_free_but_crooked() -> None:
@@ -85,14 +83,11 @@ def test_reserved_ranges_may_overlap() -> None:
     arena.reserve(0x00, 0x80)
     arena.reserve(0x10, 0x10)
     assert arena.allocate(0x10, 1) == 0x80
-    arena.release(0x00, 0x80)
-    assert arena.allocate(0x20, 1) == 0x20
 
 
-def test_nothing_is_taken_and_given_back_for_nothing() -> None:
+def test_nothing_is_taken_for_nothing() -> None:
     arena = Arena(MemoryMap([region("one", 0, 0x10)]))
     arena.reserve(4, 0)
-    arena.release(4, 0)
     assert arena.allocate(0x10, 1) == 0
 
 
@@ -102,10 +97,7 @@ def test_allocations_never_overlap() -> None:
     arena = Arena(memory)
     taken: list[tuple[int, int]] = []
     for _ in range(2000):
-        if taken and rng.random() < 0.4:
-            arena.release(*taken.pop(rng.randrange(len(taken))))
-            continue
-        size, align = rng.randint(1, 100), 1 << rng.randint(0, 6)
+        size, align = rng.randint(1, 20), 1 << rng.randint(0, 6)
         da = arena.allocate(size, align)
         if da is not None:
             assert da % align == 0 and memory.find_da(da, size) is not None

@@ -66,7 +66,6 @@ _TYPE: Final = Struct("<I")
 _MEMORY: Final = Struct(f"<6I{NAME_SIZE}s")
 MEMORY_DA_OFFSET: Final = 4
 MEMORY_PA_OFFSET: Final = 8
-MEMORY_LENGTH_OFFSET: Final = 12
 
 # Trace (type 2)
 #    0  u32 type
@@ -75,7 +74,6 @@ MEMORY_LENGTH_OFFSET: Final = 12
 #   12  u32 reserved  zero
 #   16  u8 name[32]   a NUL at the end is not guaranteed
 _TRACE: Final = Struct(f"<4I{NAME_SIZE}s")
-TRACE_DA_OFFSET: Final = 4
 
 # Vdev (type 3)
 #    0  u32 type
@@ -104,7 +102,6 @@ _VRING: Final = Struct("<5I")
 VRING_SIZE: Final = 20
 VRING_DA_OFFSET: Final = 0
 VRING_NOTIFY_ID_OFFSET: Final = 12
-VRING_PA_OFFSET: Final = 16
 
 # Vendor (types 128 to 512)
 #    0  u32 type
