@@ -15,7 +15,7 @@ import cffi
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).parent
-CONCERNS = ("shared", "virtqueue", "message_ring", "yardstick")
+CONCERNS = ("shared", "virtqueue", "message_ring", "polling", "yardstick")
 PACKAGED = Path("openamp_py", "firmware")
 EXTENSION = "openamp_py.virtio._ring"
 COMPILE_FLAGS = ("-std=c11", "-O2", "-Wall", "-Wextra", "-Wconversion", "-Wshadow")

@@ -9,12 +9,11 @@
 /* A slot's `next` while it is neither in a chain nor in the free list. */
 #define UNLINKED 0xFFFFu
 
-RARE int32_t vq_break(struct vq *q, int32_t fault, uint64_t value, uint64_t limit)
+RARE void vq_set_fault(struct vq *q, int32_t fault, uint64_t value, uint64_t limit)
 {
     q->fault = fault;
     q->fault_value = value;
     q->fault_limit = limit;
-    return VQ_BROKEN;
 }
 
 static void clear_private(struct vq *q)
@@ -146,7 +145,8 @@ int32_t vq_add_again(struct vq *q, uint16_t head, const struct vq_span *span)
         return VQ_BROKEN;
     if (head >= q->num || q->slots[head].state != VQ_SLOT_HELD || q->slots[head].extent != 1)
         return VQ_EMPTY;
-    lend_again(q, head, span);
+    write_descriptor(q, head, span, span->writable ? DESC_WRITE : 0u);
+    lend(q, head);
     return 0;
 }
 
@@ -171,9 +171,21 @@ int32_t vq_get_used(struct vq *q, uint32_t *length)
     return head;
 }
 
-/* Each table's descriptors are walked at most once. */
-RARE int32_t vq_walk(struct vq *q, const struct desc *first, struct vq_span *spans, uint32_t max, uint32_t *count,
-                     uint32_t *bytes)
+/* Sets the span of one descriptor, which is a private copy. */
+static int32_t set_span(struct vq *q, struct desc d, struct vq_span *span)
+{
+    uint8_t *base = translate(q, d.addr, d.len);
+    if (!base)
+        return vq_break(q, VQ_FAULT_ADDRESS, d.addr, d.len);
+    *span = (struct vq_span){
+        .pa = d.addr, .base = base, .length = d.len, .writable = (d.flags & DESC_WRITE) ? 1u : 0u};
+    return 0;
+}
+
+/* Takes the chain of several descriptors that begins with `first`. Returns 0 or VQ_BROKEN; `bytes`
+ * is their sum. Each table's descriptors are walked at most once. */
+static RARE int32_t walk(struct vq *q, const struct desc *first, struct vq_span *spans, uint32_t max,
+                         uint32_t *count, uint32_t *bytes)
 {
     const struct desc *table = descriptors(q);
     struct desc d = *first;
@@ -219,7 +231,26 @@ RARE int32_t vq_walk(struct vq *q, const struct desc *first, struct vq_span *spa
 
 int32_t vq_get_available(struct vq *q, struct vq_span *spans, uint32_t max, uint32_t *count)
 {
-    return get_available(q, spans, max, count);
+    if (q->fault)
+        return VQ_BROKEN;
+    struct desc d;
+    int32_t head = peek_available(q, &d);
+    if (head < 0)
+        return head;
+    uint32_t bytes = d.len;
+    if ((d.flags & (DESC_NEXT | DESC_INDIRECT)) || max == 0) {
+        if (walk(q, &d, spans, max, count, &bytes) < 0)
+            return VQ_BROKEN;
+    } else if (set_span(q, d, spans) < 0) {
+        return VQ_BROKEN;
+    } else {
+        *count = 1;
+    }
+    q->slots[head].state = VQ_SLOT_OUT;
+    q->slots[head].extent = bytes;
+    q->outstanding++;
+    q->seen++;
+    return head;
 }
 
 void vq_unget_available(struct vq *q, uint16_t head)
@@ -250,8 +281,9 @@ void vq_notify_off(struct vq *q)
 {
     q->quiet = 1;
     if (q->event_idx) {
-        /* An event that lies behind: reached again only after 65535 more entries. */
-        store16(q->driver ? used_event(q) : avail_event(q), (uint16_t)(q->seen - 1u));
+        /* An event that lies far behind, also behind what the other side made visible before it asks
+         * (as Linux does): reached again only after 32768 more entries. */
+        store16(q->driver ? used_event(q) : avail_event(q), (uint16_t)(q->seen - 0x8000u));
         return;
     }
     store16(&own_ring(q, q->driver)[0], NO_NOTIFY);

@@ -84,21 +84,21 @@ INLINE void store16(uint16_t *word, uint16_t value)
     __atomic_store_n(word, value, __ATOMIC_RELAXED);
 }
 
-/* In virtqueue.c: marks the queue broken and returns VQ_BROKEN. */
-int32_t vq_break(struct vq *q, int32_t fault, uint64_t value, uint64_t limit);
+/* In virtqueue.c: marks the queue broken. */
+void vq_set_fault(struct vq *q, int32_t fault, uint64_t value, uint64_t limit);
 
-/* In virtqueue.c: takes the chain of several descriptors that begins with `d`. Returns 0 or
- * VQ_BROKEN; `bytes` is their sum. */
-int32_t vq_walk(struct vq *q, const struct desc *d, struct vq_span *spans, uint32_t max, uint32_t *count,
-                uint32_t *bytes);
+static inline int32_t vq_break(struct vq *q, int32_t fault, uint64_t value, uint64_t limit)
+{
+    vq_set_fault(q, fault, value, limit);
+    return VQ_BROKEN;
+}
 
 /* The pointer to `length` bytes at `pa`, or NULL where they are not in one region. */
 INLINE uint8_t *translate(const struct vq *q, uint64_t pa, uint32_t length)
 {
-    for (uint32_t i = 0; i < q->region_count; i++) {
-        const struct vq_region *region = &q->regions[i];
-        uint64_t offset = pa - region->pa;
-        if (pa >= region->pa && offset <= region->size && length <= region->size - offset)
+    for (const struct vq_region *region = q->regions, *end = region + q->region_count; region != end; region++) {
+        uint64_t offset = pa - region->pa; /* huge where pa lies below */
+        if (offset <= region->size && length <= region->size - offset)
             return region->base + offset;
     }
     return NULL;
@@ -112,20 +112,34 @@ INLINE void write_descriptor(const struct vq *q, uint16_t position, const struct
     store16(&d->flags, flags);
 }
 
-/* Driver: puts a chain into the available ring. */
-INLINE void lend(struct vq *q, uint16_t head)
+/* Driver: puts a head into the available ring. */
+INLINE void offer(struct vq *q, uint16_t head)
 {
-    q->slots[head].state = VQ_SLOT_OUT;
-    q->outstanding++;
     store16(&q->available[2u + (q->next & q->mask)], head);
     q->next++;
 }
 
-/* Whether there is an entry at `seen`; loads the other side's index only when it must. */
+/* Device: puts a head into the used ring. */
+INLINE void answer(struct vq *q, uint16_t head, uint32_t length)
+{
+    struct used_element *element = &used_elements(q)[q->next & q->mask];
+    __atomic_store_n(&element->id, head, __ATOMIC_RELAXED);
+    __atomic_store_n(&element->len, length, __ATOMIC_RELAXED);
+    q->next++;
+}
+
+/* Driver: lends a chain that is free or held. */
+INLINE void lend(struct vq *q, uint16_t head)
+{
+    q->slots[head].state = VQ_SLOT_OUT;
+    q->outstanding++;
+    offer(q, head);
+}
+
+/* Whether there is an entry at `seen`; loads the other side's index only when it must. The
+ * queue has no fault: the caller has looked. */
 INLINE int32_t poll_other(struct vq *q, int driver)
 {
-    if (q->fault)
-        return VQ_BROKEN;
     if (q->limit == q->seen) {
         /* Pairs with the release in vq_publish of the other side: the entries before idx are
          * visible after it. */
@@ -144,31 +158,35 @@ INLINE int32_t poll_other(struct vq *q, int driver)
     return 0;
 }
 
-/* vq_hold_used. */
-INLINE int32_t hold_used(struct vq *q, uint32_t *length)
+/* Driver: the head of the next used chain, which is checked but not taken: the caller goes on
+ * with `seen`, and says what becomes of the chain. */
+INLINE int32_t peek_used(struct vq *q, uint32_t *length)
 {
     int32_t result = poll_other(q, 1);
     if (result < 0)
         return result;
     const struct used_element *element = &used_elements(q)[q->seen & q->mask];
     uint32_t id = __atomic_load_n(&element->id, __ATOMIC_RELAXED);
-    uint32_t written = __atomic_load_n(&element->len, __ATOMIC_RELAXED);
+    *length = __atomic_load_n(&element->len, __ATOMIC_RELAXED);
     if (id >= q->num)
         return vq_break(q, VQ_FAULT_HEAD_RANGE, id, q->num);
     if (q->slots[id].state != VQ_SLOT_OUT)
         return vq_break(q, VQ_FAULT_HEAD_STATE, id, q->num);
-    q->slots[id].state = VQ_SLOT_HELD;
-    q->outstanding--;
-    q->seen++;
-    *length = written;
     return (int32_t)id;
 }
 
-/* Driver: lends a held chain of one descriptor anew. */
-INLINE void lend_again(struct vq *q, uint16_t head, const struct vq_span *span)
+/* vq_hold_used. */
+INLINE int32_t hold_used(struct vq *q, uint32_t *length)
 {
-    write_descriptor(q, head, span, span->writable ? DESC_WRITE : 0u);
-    lend(q, head);
+    if (q->fault)
+        return VQ_BROKEN;
+    int32_t head = peek_used(q, length);
+    if (head < 0)
+        return head;
+    q->slots[head].state = VQ_SLOT_HELD;
+    q->outstanding--;
+    q->seen++;
+    return head;
 }
 
 static inline struct desc load_descriptor(const struct desc *shared)
@@ -179,19 +197,8 @@ static inline struct desc load_descriptor(const struct desc *shared)
                          .next = load16(&shared->next)};
 }
 
-/* Sets the span of one descriptor, which is a private copy. */
-INLINE int32_t set_span(struct vq *q, struct desc d, struct vq_span *span)
-{
-    uint8_t *base = translate(q, d.addr, d.len);
-    if (!base)
-        return vq_break(q, VQ_FAULT_ADDRESS, d.addr, d.len);
-    *span = (struct vq_span){
-        .pa = d.addr, .base = base, .length = d.len, .writable = (d.flags & DESC_WRITE) ? 1u : 0u};
-    return 0;
-}
-
-/* vq_get_available. */
-INLINE int32_t get_available(struct vq *q, struct vq_span *spans, uint32_t max, uint32_t *count)
+/* Device: the head of the next available chain, which is not taken, and its first descriptor. */
+INLINE int32_t peek_available(struct vq *q, struct desc *d)
 {
     int32_t result = poll_other(q, 0);
     if (result < 0)
@@ -201,20 +208,7 @@ INLINE int32_t get_available(struct vq *q, struct vq_span *spans, uint32_t max, 
         return vq_break(q, VQ_FAULT_HEAD_RANGE, head, q->num);
     if (q->slots[head].state != VQ_SLOT_FREE)
         return vq_break(q, VQ_FAULT_HEAD_STATE, head, q->num);
-    struct desc d = load_descriptor(&descriptors(q)[head]);
-    uint32_t bytes = d.len;
-    if ((d.flags & (DESC_NEXT | DESC_INDIRECT)) || max == 0) {
-        if (vq_walk(q, &d, spans, max, count, &bytes) < 0)
-            return VQ_BROKEN;
-    } else if (set_span(q, d, spans) < 0) {
-        return VQ_BROKEN;
-    } else {
-        *count = 1;
-    }
-    q->slots[head].state = VQ_SLOT_OUT;
-    q->slots[head].extent = bytes;
-    q->outstanding++;
-    q->seen++;
+    *d = load_descriptor(&descriptors(q)[head]);
     return head;
 }
 
@@ -225,12 +219,9 @@ INLINE int32_t put_used(struct vq *q, uint16_t head, uint32_t length)
         return VQ_BROKEN;
     if (head >= q->num || q->slots[head].state != VQ_SLOT_OUT)
         return VQ_EMPTY;
-    struct used_element *element = &used_elements(q)[q->next & q->mask];
-    __atomic_store_n(&element->id, head, __ATOMIC_RELAXED);
-    __atomic_store_n(&element->len, length, __ATOMIC_RELAXED);
     q->slots[head].state = VQ_SLOT_FREE;
     q->outstanding--;
-    q->next++;
+    answer(q, head, length);
     return 0;
 }
 

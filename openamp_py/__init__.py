@@ -39,7 +39,23 @@ from openamp_py.remoteproc import (
     open_processor,
     open_resources,
 )
-from openamp_py.rpmsg import Bus, Channel, Drops, Endpoint, Message, open_bus
+from openamp_py.rpmsg import (
+    Announcement,
+    Bus,
+    BusDump,
+    BusOptions,
+    BusStatistics,
+    Channel,
+    Drops,
+    Endpoint,
+    EndpointStatistics,
+    HeldMessage,
+    Message,
+    Reservation,
+    ServiceWatch,
+    WhenFull,
+    open_bus,
+)
 from openamp_py.session import Session, Shutdown, open_session
 from openamp_py.virtio import Handshake, Role, VirtioDevice, Virtqueue
 
@@ -55,6 +71,15 @@ __all__ = [  # noqa: RUF022 - the most important first
     "RemoteProcessor",
     "ProcessorState",
     "open_bus",
+    "BusOptions",
+    "WhenFull",
+    "HeldMessage",
+    "Reservation",
+    "ServiceWatch",
+    "Announcement",
+    "BusStatistics",
+    "EndpointStatistics",
+    "BusDump",
     "Drops",
     "open_resources",
     "Resources",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import trio
 
 from openamp_py.echo import serve_echo
-from openamp_py.errors import OpenAMPError, PeerGoneError
+from openamp_py.errors import OpenAMPError, PeerGoneError, StateError
 from openamp_py.platforms import (
     LoopbackPlatform,
     NativePlatform,
@@ -20,9 +20,16 @@ from openamp_py.platforms import (
 )
 from openamp_py.platforms.demo import python_firmware
 from openamp_py.platforms.native import shipped_echo
-from openamp_py.remoteproc import Platform, RemoteProcessor, open_processor, open_resources
+from openamp_py.remoteproc import (
+    Platform,
+    ProcessorState,
+    RemoteProcessor,
+    open_processor,
+    open_resources,
+)
 from openamp_py.remoteproc.processor import Image
-from openamp_py.rpmsg import Bus, Endpoint, open_bus
+from openamp_py.rpmsg import Bus, BusOptions, Endpoint, open_bus
+from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
 from openamp_py.rpmsg.wire import SHUTDOWN_REQUEST
 from openamp_py.virtio import Role
 
@@ -50,10 +57,12 @@ class Session:
     Args:
         bus: the RPMsg bus, this side being the host.
         processor: the remote, where it was booted here; None for a peer that ran already.
+        image: what was booted.
     """
 
     bus: Bus
     processor: RemoteProcessor | None
+    image: Image | None = None
 
     async def shutdown(self, endpoint: Endpoint, *, grace: float) -> Shutdown:
         """Asks the remote to leave, waits for it, and shuts the processor down.
@@ -84,6 +93,34 @@ class Session:
                 with trio.CancelScope(shield=True):
                     await self.processor.shutdown()
         return Shutdown(reason is None, reason)
+
+    async def restart(self, image: Image | None = None) -> None:
+        """Boots the remote anew, and the bus goes on over its new device: see `Bus.restart`.
+
+        For a remote that crashed, left or was shut down; one that still runs is stopped hard.
+        Endpoints that were opened with `rebind` live on.
+
+        Args:
+            image: firmware to boot; by default what was booted before.
+
+        Raises:
+            StateError: the peer was not booted here.
+            FirmwareError: the image cannot be used, or its table describes no RPMsg device.
+            PlatformError: the core cannot be started.
+            trio.BrokenResourceError: the remote was gone before the bus was up.
+
+        Cancellation: the remote may run or not; it can be restarted again.
+        """
+        processor = self.processor
+        if processor is None:
+            raise StateError("the peer was not booted here, so it cannot be restarted")
+        if processor.state is not ProcessorState.OFFLINE:
+            await processor.shutdown()
+        if image is None:
+            assert self.image is not None, "it was booted here"
+            image = self.image
+        await processor.boot(image)
+        await self.bus.restart(processor.rpmsg_device())
 
     async def _ask_to_leave(self, endpoint: Endpoint) -> str | None:
         """Returns why it was not graceful, or None."""
@@ -123,7 +160,10 @@ async def _wait_acknowledgement(endpoint: Endpoint) -> bool:
 
 @asynccontextmanager
 async def open_session(
-    core: str | Platform = "native", image: Image | None = None
+    core: str | Platform = "native",
+    image: Image | None = None,
+    *,
+    options: BusOptions = DEFAULT_OPTIONS,
 ) -> AsyncIterator[Session]:
     """Boots a remote and opens the bus to it, for an `async with` block; ends both after it.
 
@@ -132,6 +172,7 @@ async def open_session(
             Python), a platform, or the URL of a peer that runs already
             (``shm:PATH?doorbell=unix:PATH[&listen=1]``).
         image: firmware to boot; by default what the core ships: the echo service.
+        options: how the bus works the link.
 
     Raises:
         ValueError: the core's name, or the URL.
@@ -144,7 +185,7 @@ async def open_session(
         with contextlib.closing(ShmLink(_parse_address(core, image))) as link:
             async with (
                 open_resources(link, Role.DRIVER) as resources,
-                open_bus(resources.rpmsg_device()) as bus,
+                open_bus(resources.rpmsg_device(), options) as bus,
             ):
                 yield Session(bus, None)
         return
@@ -155,8 +196,8 @@ async def open_session(
             native = isinstance(processor.platform, NativePlatform)
             image = shipped_echo() if native else python_firmware()
         await processor.boot(image)
-        async with open_bus(processor.rpmsg_device()) as bus:
-            yield Session(bus, processor)
+        async with open_bus(processor.rpmsg_device(), options) as bus:
+            yield Session(bus, processor, image)
 
 
 def check_core(core: str, image: Image | None) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ import trio
 
 from openamp_py import (
     Bus,
+    BusOptions,
     Link,
     LoopbackPlatform,
     ResourceTable,
@@ -23,6 +26,7 @@ from openamp_py import (
     open_resources,
 )
 from openamp_py.platforms.demo import TABLE, python_firmware
+from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
 
 CORES = ("loopback", "process", "native")
 
@@ -46,8 +50,11 @@ def _mappings() -> int:
 
 
 def _children() -> set[str]:
-    tasks = Path("/proc/self/task").iterdir()
-    return {pid for task in tasks for pid in (task / "children").read_text().split()}
+    found: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            found.update((task / "children").read_text().split())
+    return found
 
 
 def _leaks(before: tuple[set[str], int, set[str]]) -> list[object]:
@@ -85,7 +92,11 @@ def open_pair() -> OpenPair:
 
     @asynccontextmanager
     async def open_(
-        table: ResourceTable = TABLE, *, to_remote: int = 512, to_host: int = 512
+        table: ResourceTable = TABLE,
+        *,
+        to_remote: int = 512,
+        to_host: int = 512,
+        options: BusOptions = DEFAULT_OPTIONS,
     ) -> AsyncIterator[Pair]:
         send, receive = trio.open_memory_channel[tuple[Bus, VirtioDevice]](1)
 
@@ -94,8 +105,7 @@ def open_pair() -> OpenPair:
                 open_resources(link) as resources,
                 open_bus(
                     resources.rpmsg_device(),
-                    send_buffer_size=to_host,
-                    receive_buffer_size=to_remote,
+                    replace(options, send_buffer_size=to_host, receive_buffer_size=to_remote),
                 ) as bus,
             ):
                 await send.send((bus, resources.rpmsg_device()))
@@ -104,9 +114,8 @@ def open_pair() -> OpenPair:
         async with open_processor(LoopbackPlatform(application)) as processor:
             await processor.boot(python_firmware(table))
             device = processor.rpmsg_device()
-            async with open_bus(
-                device, send_buffer_size=to_remote, receive_buffer_size=to_host
-            ) as bus:
+            own = replace(options, send_buffer_size=to_remote, receive_buffer_size=to_host)
+            async with open_bus(device, own) as bus:
                 remote, remote_device = await receive.receive()
                 yield Pair(bus, remote, device, remote_device)
 

@@ -10,7 +10,7 @@ import signal
 import struct
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import trio
@@ -29,7 +29,7 @@ from openamp_py.cli.common import (
 )
 from openamp_py.constants import ECHO_CHANNEL
 from openamp_py.errors import OpenAMPError, PeerError
-from openamp_py.rpmsg import Endpoint
+from openamp_py.rpmsg import BusDump, Endpoint
 from openamp_py.rpmsg.wire import check_name
 from openamp_py.session import CORES, Session, Shutdown, check_core, open_session
 
@@ -80,6 +80,9 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
         "--grace", type=seconds, default=2.0, help="seconds the remote has to leave (default: 2)"
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="only the summary")
+    parser.add_argument(
+        "--dump", action="store_true", help="show rings, endpoints and counters afterwards"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.set_defaults(run=_run)
 
@@ -132,6 +135,7 @@ class _Result:
     boot_ms: float | None = None
     times: RoundTrips = field(default_factory=RoundTrips)
     shutdown: Shutdown = _NOT_UP
+    dump: BusDump | None = None
 
     @property
     def lost(self) -> int:
@@ -174,7 +178,11 @@ async def _ping(options: argparse.Namespace, result: _Result) -> None:
                 await endpoint.wait_bound()
                 waiting.deadline = math.inf
                 result.boot_ms = (time.perf_counter() - started) * 1e3
-                await _ping_until_interrupted(options, session, endpoint, result, progress)
+                try:
+                    await _ping_until_interrupted(options, session, endpoint, result, progress)
+                finally:
+                    if options.dump:
+                        result.dump = session.bus.dump()
         if waiting.cancelled_caught:
             raise PeerError(
                 f"no service {options.channel!r} on {options.core} within {options.timeout} s; "
@@ -296,6 +304,8 @@ def _print_summary(options: argparse.Namespace, result: _Result) -> None:
         print("rtt min/p50/p99/max = {min:g}/{p50:g}/{p99:g}/{max:g} us".format(**times))
     why = f" ({result.shutdown.reason})" if result.shutdown.reason else ""
     print(f"boot {result.boot_ms:.1f} ms, shutdown {result.shutdown}{why}")
+    if result.dump is not None:
+        print(result.dump)
 
 
 def _to_dict(
@@ -315,4 +325,4 @@ def _to_dict(
         "shutdown": str(result.shutdown),
         "shutdown_reason": result.shutdown.reason,
         "error": None if error is None else str(error),
-    }
+    } | ({"dump": asdict(result.dump)} if result.dump else {})

@@ -19,8 +19,8 @@ MEMORY_SIZE: Final = 0x8_0000
 """Bytes of shared memory; device addresses are offsets in it."""
 
 TABLE_DA: Final = 0
-BUFFER_AREA: Final = (0x1_0000, 0x4_0000)
-"""Device address and size of the buffers: 256 for each direction, 512 bytes each."""
+BUFFERS_DA: Final = 0x1_0000
+"""Device address of the buffers: 256 for each direction of, normally, 512 bytes each."""
 
 TABLE: Final[ResourceTable] = place_entries(
     [
@@ -36,6 +36,17 @@ TABLE: Final[ResourceTable] = place_entries(
     ]
 )
 """One RPMsg device, as the demo platform's server writes it."""
+
+
+def buffer_area(memory_size: int = MEMORY_SIZE) -> tuple[int, int]:
+    """Device address and size of the memory for buffers: up to the end.
+
+    Raises:
+        ValueError: the memory is smaller than the layout.
+    """
+    if memory_size < MEMORY_SIZE:
+        raise ValueError(f"shared memory of {memory_size} bytes; the layout needs {MEMORY_SIZE}")
+    return (BUFFERS_DA, memory_size - BUFFERS_DA)
 
 
 def python_firmware(table: ResourceTable = TABLE) -> Firmware:

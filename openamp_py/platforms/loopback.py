@@ -23,15 +23,25 @@ class LoopbackPlatform:
     Args:
         application: what the remote runs; called anew at each start.
         handshake: how the driver walks the status word.
+        memory_size: bytes of shared memory; larger buffers than usual need more.
+
+    Raises:
+        ValueError: the memory is too small.
     """
 
     name = "loopback"
-    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
 
-    def __init__(self, application: Application, *, handshake: Handshake = Handshake.FULL) -> None:
+    def __init__(
+        self,
+        application: Application,
+        *,
+        handshake: Handshake = Handshake.FULL,
+        memory_size: int = demo.MEMORY_SIZE,
+    ) -> None:
+        self.buffer_area: tuple[int, int] | None = demo.buffer_area(memory_size)
         self._application = application
         self._handshake = handshake
-        self._shared = SharedMemory.create("openamp-loopback", demo.MEMORY_SIZE)
+        self._shared = SharedMemory.create("openamp-loopback", memory_size)
         self.memory = MemoryMap([self._shared.region("shm", 0)])
 
     def check(self, firmware: Firmware) -> None:
@@ -40,7 +50,9 @@ class LoopbackPlatform:
 
     def create_core(self, firmware: Firmware) -> LoopbackCore:
         """A remote that will run the application."""
-        return LoopbackCore(self.memory, firmware, self._application, self._handshake)
+        return LoopbackCore(
+            self.memory, firmware, self._application, self._handshake, self.buffer_area
+        )
 
     def close(self) -> None:
         """Gives the memory back. Idempotent."""
@@ -67,7 +79,7 @@ class _RemoteEnd:
     """The application's end of a loopback: a link that is up as long as the core runs."""
 
     name = "loopback host"
-    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+    buffer_area: tuple[int, int] | None = None  # a device brings none
     table_da = demo.TABLE_DA
 
     def __init__(self, memory: MemoryMap, handshake: Handshake, own: _Bell, other: _Bell) -> None:
@@ -93,7 +105,6 @@ class LoopbackCore:
     """One run of the application, seen from the host."""
 
     name = "loopback core"
-    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
 
     def __init__(
         self,
@@ -101,8 +112,10 @@ class LoopbackCore:
         firmware: Firmware,
         application: Application,
         handshake: Handshake,
+        buffer_area: tuple[int, int] | None,
     ) -> None:
         self.memory = memory
+        self.buffer_area = buffer_area
         self.table_da = firmware.table_da or demo.TABLE_DA
         self.handshake = handshake
         self._application = application

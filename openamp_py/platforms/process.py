@@ -44,14 +44,20 @@ class ProcessPlatform:
 
     Args:
         command: the program to run; an argument "{url}" is replaced by the link's URL.
+        memory_size: bytes of shared memory; larger buffers than usual need more.
+
+    Raises:
+        ValueError: the memory is too small.
     """
 
     name = "process"
-    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
 
-    def __init__(self, command: Sequence[str] = ECHO_COMMAND) -> None:
+    def __init__(
+        self, command: Sequence[str] = ECHO_COMMAND, *, memory_size: int = demo.MEMORY_SIZE
+    ) -> None:
+        self.buffer_area: tuple[int, int] | None = demo.buffer_area(memory_size)
         self._command = tuple(command)
-        self._shared = SharedMemory.create("openamp-process", demo.MEMORY_SIZE)
+        self._shared = SharedMemory.create("openamp-process", memory_size)
         self.memory = MemoryMap([self._shared.region("shm", 0)])
 
     def check(self, firmware: Firmware) -> None:
@@ -60,7 +66,7 @@ class ProcessPlatform:
 
     def create_core(self, firmware: Firmware) -> ProcessCore:
         """A process that will join the loaded table's devices."""
-        return ProcessCore(self.memory, self._shared.fd, self._command)
+        return ProcessCore(self.memory, self._shared.fd, self._command, self.buffer_area)
 
     def close(self) -> None:
         """Gives the memory back. Idempotent."""
@@ -78,12 +84,18 @@ class ProcessCore(DoorbellLink):
     """
 
     name = "process core"
-    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
     table_da = demo.TABLE_DA
     handshake = Handshake.OPENAMP
 
-    def __init__(self, memory: MemoryMap, fd: int, command: Sequence[str]) -> None:
+    def __init__(
+        self,
+        memory: MemoryMap,
+        fd: int,
+        command: Sequence[str],
+        buffer_area: tuple[int, int] | None,
+    ) -> None:
         self.memory = memory
+        self.buffer_area = buffer_area
         self.pid: int | None = None
         self._fd = fd
         self._command = command

@@ -101,7 +101,7 @@ class ShmLink(DoorbellLink):
 
     name = "shm link"
     table_da = demo.TABLE_DA
-    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+    buffer_area: tuple[int, int] | None = None  # until the memory is mapped
     handshake = Handshake.OPENAMP
     memory: MemoryMap
 
@@ -150,14 +150,14 @@ class ShmLink(DoorbellLink):
                     _claim(fd)
                     os.ftruncate(fd, demo.MEMORY_SIZE)
                 size = os.fstat(fd).st_size
-                if size < demo.MEMORY_SIZE:
-                    raise PlatformError(
-                        f"shared memory {where}: {size} bytes; the layout needs {demo.MEMORY_SIZE}"
-                    )
+                try:
+                    self.buffer_area = demo.buffer_area(size)
+                except ValueError as error:
+                    raise PlatformError(f"{where}: {error}") from None
             except BaseException:
                 os.close(fd)
                 raise
-            shared = SharedMemory(fd, demo.MEMORY_SIZE)
+            shared = SharedMemory(fd, size)
         except OSError as error:
             raise PlatformError(f"shared memory {where}: {error.strerror or error}") from error
         self._stack.callback(shared.close)

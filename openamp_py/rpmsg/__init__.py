@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
-from openamp_py.rpmsg.bus import Bus, Drops, open_bus
-from openamp_py.rpmsg.endpoint import Endpoint, Message
-from openamp_py.rpmsg.wire import Channel
+from openamp_py.rpmsg.bus import Bus, BusOptions, open_bus
+from openamp_py.rpmsg.endpoint import Endpoint, WhenFull
+from openamp_py.rpmsg.in_place import HeldMessage, Reservation
+from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops, EndpointStatistics
+from openamp_py.rpmsg.watch import ServiceWatch
+from openamp_py.rpmsg.wire import Announcement, Channel
+from openamp_py.virtio import Message
 
-__all__ = ["Bus", "Channel", "Drops", "Endpoint", "Message", "open_bus"]
+__all__ = [
+    "Announcement",
+    "Bus",
+    "BusDump",
+    "BusOptions",
+    "BusStatistics",
+    "Channel",
+    "Drops",
+    "Endpoint",
+    "EndpointStatistics",
+    "HeldMessage",
+    "Message",
+    "Reservation",
+    "ServiceWatch",
+    "WhenFull",
+    "open_bus",
+]

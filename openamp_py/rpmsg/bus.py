@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+from time import perf_counter
 
 import trio
 
+from openamp_py.background import open_background
 from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS, RPMSG_F_NS, VIRTIO_ID_RPMSG
 from openamp_py.errors import (
     OpenAMPError,
     PeerError,
     PeerGoneError,
     ResourceTableError,
+    StateError,
     VirtqueueError,
 )
 from openamp_py.rpmsg.addresses import AddressSpace, check_destination
-from openamp_py.rpmsg.endpoint import Endpoint
+from openamp_py.rpmsg.endpoint import DEFAULT_QUEUE_LIMIT, Endpoint, WhenFull
+from openamp_py.rpmsg.in_place import HeldMessage, Reservation
 from openamp_py.rpmsg.name_service import ChannelRegistry
+from openamp_py.rpmsg.polling import Polling
+from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops
+from openamp_py.rpmsg.watch import ServiceWatch
 from openamp_py.rpmsg.wire import (
     DEFAULT_BUFFER_SIZE,
+    Announcement,
     Channel,
     check_name,
     decode_announcement_untrusted,
 )
-from openamp_py.virtio import MessageRing, Role, VirtioDevice
+from openamp_py.virtio import Message, MessageRing, Role, VirtioDevice
+from openamp_py.virtio.message_ring import (
+    IN_PLACE,
+    KEPT,
+    KICK,
+    MIXED,
+    POLL_HIT,
+    POLLED,
+    RETURNED,
+    SMALL_BUFFER,
+    Arrival,
+    encode_lengths,
+    transmit_closed,
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -39,29 +61,48 @@ _TO_DRIVER, _TO_DEVICE = 0, 1
 # the remote listens, so the status is looked at again this often (seconds) until then.
 _STATUS_RECHECK = 0.02
 
-_NO_BUFFER, _SMALL_BUFFER = -1, -3
-
-DEFAULT_QUEUE_LIMIT = 256
-"""Messages an endpoint keeps before further ones stay in their shared buffers."""
-
-
-def _level(count: int) -> int:
-    """The first of its kind is worth a warning; a peer must not be able to flood the log."""
-    return logging.DEBUG if count else logging.WARNING
+# Calls that need not wait run so long (seconds) before other tasks get their turn: a scheduler
+# pass takes as long as several messages, so there must be more messages than passes.
+_SLICE = 100e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Drops:
-    """Messages from the peer that reached no endpoint, by reason."""
+class BusOptions:
+    """How a bus works its link.
 
-    unknown_destination: int = 0
-    """Nobody listens at their destination."""
-    bad_length: int = 0
-    """Header and buffer contradict each other."""
-    bad_source: int = 0
-    """Their source is the address that means "any"; nobody could be answered."""
-    bad_announcement: int = 0
-    """Name-service messages that are malformed, withdraw what is unknown, or are too many."""
+    Raises:
+        ValueError: a time that is not possible.
+    """
+
+    send_buffer_size: int = DEFAULT_BUFFER_SIZE
+    """Bytes of a buffer, header included, in the sending direction. A driver chooses both sizes;
+    a device has to be told what its driver chose."""
+    receive_buffer_size: int = DEFAULT_BUFFER_SIZE
+    """The same for the receiving direction."""
+    polling: float | None = None
+    """Seconds that a task that waits may look at the rings before it sleeps, and so the longest
+    that other tasks are kept waiting by it. 0: never. None: 0.1 ms, or never where this process has
+    one CPU. It learns whether it pays, and costs nothing while nothing happens."""
+    patience: float = 1.0
+    """Seconds until an endpoint that keeps the link's last buffer and is not read loses what
+    it holds; ``math.inf`` for never. See `WhenFull.HOLD_BACK`."""
+    always_kick: bool = False
+    """Kicks whatever the peer says: for one whose wish cannot be trusted (rpmsg-lite masters)."""
+    recheck: float | None = None
+    """Seconds after which the rings are looked at again without a kick: for a peer that
+    loses some (single-CPU QEMU before 8.1)."""
+
+    def __post_init__(self) -> None:
+        Polling(self.polling)
+        if not self.patience >= 0:
+            raise ValueError(f"a patience of {self.patience} s; 0 s or more are possible")
+        if self.recheck is not None and not 0 < self.recheck < float("inf"):
+            raise ValueError(f"a recheck every {self.recheck} s; more than 0 s are possible")
+
+
+DEFAULT_OPTIONS = BusOptions()
+
+_POLLED_OR_KICK = POLLED | KICK
 
 
 class _Turn:
@@ -72,35 +113,145 @@ class _Turn:
         self.called = trio.Event()
 
 
+class _Batch:
+    """Messages for one destination, of which some have been sent."""
+
+    def __init__(self, payloads: Sequence[bytes]) -> None:
+        self.data = b"".join(payloads)
+        self.lengths = encode_lengths(payloads)
+        self.payloads = payloads
+        self.done = 0
+        self.offset = 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.done == len(self.payloads)
+
+
+class _Watch(trio.abc.Instrument):
+    """Tells a bus when trio goes to sleep and when it wakes.
+
+    While tasks run, the rings are looked at by those who use them and notifications can be off.
+    Only when trio is about to sleep does the peer have to know that it must kick.
+    """
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+
+    def before_io_wait(self, timeout: float) -> None:
+        self._bus.before_sleep(timeout)
+
+    def after_io_wait(self, timeout: float) -> None:
+        if timeout > 0:
+            self._bus.after_sleep()
+
+
 class Bus:
     """Endpoints over one RPMsg virtio device, in either role.
 
-    Made by `open_bus`. It has no task of its own: notifications are handled in the task
-    that listens to the doorbell, and a receiver looks into the ring before it sleeps.
+    Made by `open_bus`. Notifications are handled in the task that listens to the doorbell, a
+    receiver looks into the ring before it sleeps, and both rings are looked at when trio wakes.
     All its users share one trio thread.
+
+    Attributes:
+        failure: what ended the link; None while it is well.
+        blocked: nothing can be sent at once: the link failed, or others wait for a buffer.
+        transmit: `MessageRing.transmit` of the sending ring, for where nothing is `blocked`.
+        kick: tells the other side of what was sent, where `transmit` says so.
+        poll_now: nanoseconds that a task that would wait may look for something first.
+        slice_end: until when (``perf_counter``) calls need not let other tasks run.
     """
 
-    def __init__(self, device: VirtioDevice, sending: MessageRing, receiving: MessageRing) -> None:
+    def __init__(self, options: BusOptions, device: VirtioDevice) -> None:
+        self._options = options
+        self._polling = Polling(options.polling)
+        self.poll_now = self._poll_nanoseconds = int(self._polling.seconds * 1e9)
+        self._endpoints: dict[int, Endpoint] = {}
+        self._keep: dict[int, int] = {}
+        self._addresses = AddressSpace()
+        self._registry = ChannelRegistry()
+        self._watches: set[ServiceWatch] = set()
+        self._replies: dict[Endpoint, None] = {}
+        self._turns: deque[_Turn] = deque()
+        self._in_hand: dict[HeldMessage | Reservation, int] = {}
+        self._news = trio.lowlevel.ParkingLot()
+        self._starved = trio.Event()
+        self._counts: Counter[str] = Counter()
+        self._kicks_received = 0
+        self._waits = 0
+        self._kept = 0
+        self._generation = 0
+        self._past: Counter[str] = Counter()
+        self._closed = self._restarting = False
+        self._usable = False  # open, and the link is well
+        self._looked = self._asked = False
+        self._trio_token = trio.lowlevel.current_trio_token()
+        self._rings = AsyncExitStack()
+        self.failure: OpenAMPError | None = None
+        self.blocked = False
+        self.slice_end = 0.0
         self._device = device
+
+    @asynccontextmanager
+    async def open_rings(self, device: VirtioDevice) -> AsyncIterator[None]:
+        """For `open_bus`: the rings of its device, and of those that come after it."""
+        try:
+            await self._begin(device, Counter())
+            yield
+        finally:
+            await self._rings.aclose()
+
+    async def _begin(self, device: VirtioDevice, past: Counter[str]) -> None:
+        """Brings a device up and works its rings from then on; `past` was counted before."""
+        sending, receiving = await self._rings.enter_async_context(
+            open_rings(
+                device,
+                send_buffer_size=self._options.send_buffer_size,
+                receive_buffer_size=self._options.receive_buffer_size,
+            )
+        )
+        self._device = device
+        self._past = past
         self._sending = sending
+        self.transmit = sending.transmit
         self._receiving = receiving
         driver = device.role is Role.DRIVER
         self._send_index = _TO_DEVICE if driver else _TO_DRIVER
         self._receive_index = _TO_DRIVER if driver else _TO_DEVICE
         self._names = bool(device.features & RPMSG_F_NS)
-        self._endpoints: dict[int, Endpoint] = {}
-        self._full: set[Endpoint] = set()
-        self._addresses = AddressSpace()
-        self._registry = ChannelRegistry()
-        self._replies: dict[Endpoint, None] = {}
-        self._turns: deque[_Turn] = deque()
-        self._news = trio.lowlevel.ParkingLot()
-        self._drops = Drops()
-        self._closed = False
-        self._trio_token = trio.lowlevel.current_trio_token()
-        self.failure: OpenAMPError | None = None
+        self.kick = functools.partial(device.kick, self._send_index)
+        self._kick_receive = functools.partial(device.kick, self._receive_index)
+        self._kept = 0
+        self._keep = {
+            endpoint.address: IN_PLACE for endpoint in self._endpoints.values() if endpoint.in_place
+        }
+        receiving.keep(self._keep)
+        self.failure = None
+        self._usable = not self._closed
+        self.blocked = bool(self._turns) or self._options.always_kick
         device.on_notify = self._notified
         device.on_failure = self._device_failed
+        if driver:
+            device.set_driver_ok()
+        # What came in, or went wrong, before there was a bus has been told already.
+        if device.failure is not None:
+            self._device_failed(device.failure)
+        else:
+            self.drain()
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        """For `open_bus`: listens to trio, and does what takes time."""
+        watch = _Watch(self)
+        trio.lowlevel.add_instrument(watch)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._give_up_unread)
+                if self._options.recheck is not None:
+                    nursery.start_soon(self._recheck, self._options.recheck)
+                task_status.started()
+        finally:
+            with contextlib.suppress(KeyError):  # trio removes one that raised
+                trio.lowlevel.remove_instrument(watch)
 
     @property
     def payload_limit(self) -> int:
@@ -108,9 +259,19 @@ class Bus:
         return self._sending.payload_limit
 
     @property
+    def receive_payload_limit(self) -> int:
+        """Most bytes that one received message can carry."""
+        return self._receiving.payload_limit
+
+    @property
     def role(self) -> Role:
         """This side's end of the link."""
         return self._device.role
+
+    @property
+    def generation(self) -> int:
+        """How often it went on over a new device; what belongs to an older one is not seen."""
+        return self._generation
 
     @property
     def channels(self) -> tuple[Channel, ...]:
@@ -119,8 +280,64 @@ class Bus:
 
     @property
     def drops(self) -> Drops:
-        """Messages from the peer that reached no endpoint so far."""
-        return replace(self._drops, bad_length=self._receiving.bad_length)
+        """Messages from the peer that reached no application so far."""
+        rings = self._count_rings()
+        return Drops(**self._counts, bad_length=rings["bad_length"], bad_source=rings["bad_source"])
+
+    @property
+    def statistics(self) -> BusStatistics:
+        """What it counted so far."""
+        rings = self._count_rings()
+        reserved = sum(isinstance(each, Reservation) for each in self._in_hand)
+        return BusStatistics(
+            generation=self._generation,
+            sent=rings["sent"],
+            sent_bytes=rings["sent_bytes"],
+            received=rings["received"],
+            received_bytes=rings["received_bytes"],
+            kicks_sent=rings["kicks"],
+            kicks_suppressed=rings["unkicked"],
+            kicks_received=self._kicks_received,
+            buffer_waits=self._waits,
+            polls=self._polling.tried,
+            poll_hits=self._polling.hits,
+            held=self._kept + len(self._in_hand) - reserved,
+            reserved=reserved,
+            drops=self.drops,
+        )
+
+    def _count_rings(self) -> Counter[str]:
+        """What the rings counted, those of former devices included."""
+        sending, receiving = self._sending, self._receiving
+        (kicks, unkicked), (more_kicks, more_unkicked) = sending.kicks, receiving.kicks
+        return self._past + Counter(
+            sent=sending.messages,
+            sent_bytes=sending.payload_bytes,
+            received=receiving.messages,
+            received_bytes=receiving.payload_bytes,
+            kicks=kicks + more_kicks,
+            unkicked=unkicked + more_unkicked,
+            bad_length=receiving.bad_length,
+            bad_source=receiving.bad_source,
+        )
+
+    def dump(self) -> BusDump:
+        """Everything about it at this moment, for a bug report: print it, or `to_json`."""
+        return BusDump(
+            device=self._device.name,
+            role=self.role.value,
+            status=self._device.status,
+            features=self._device.features,
+            failure=None if self.failure is None else str(self.failure),
+            payload_limit=self.payload_limit,
+            receive_payload_limit=self.receive_payload_limit,
+            polling=self._polling.seconds,
+            rings=(self._sending.queue.snapshot(), self._receiving.queue.snapshot()),
+            endpoints=tuple(endpoint.report() for endpoint in self._endpoints.values()),
+            channels=self.channels,
+            statistics=self.statistics,
+            options=asdict(self._options),
+        )
 
     async def wait_service(self, name: str) -> Channel:
         """Waits until the other side has announced a service of this name.
@@ -138,6 +355,28 @@ class Bus:
             await self._news.park()
 
     @asynccontextmanager
+    async def open_watch(self) -> AsyncIterator[ServiceWatch]:
+        """A stream of the other side's announcements, for an `async with` block.
+
+        It begins with what is announced already. See `ServiceWatch`.
+
+        Raises:
+            trio.ClosedResourceError: the bus was closed here.
+            trio.BrokenResourceError: the other side is gone.
+        """
+        self._check_usable()
+        await trio.lowlevel.checkpoint()
+        watch = ServiceWatch([Announcement(channel) for channel in self._registry])
+        self._watches.add(watch)
+        try:
+            if self._closed or self.failure is not None:
+                watch.end(self._ended())
+            yield watch
+        finally:
+            self._watches.remove(watch)
+            watch.end(trio.ClosedResourceError("the watch was closed"))
+
+    @asynccontextmanager
     async def open_endpoint(
         self,
         name: str | None = None,
@@ -146,6 +385,9 @@ class Bus:
         destination: int = ADDRESS_ANY,
         announce: bool = True,
         queue_limit: int = DEFAULT_QUEUE_LIMIT,
+        when_full: WhenFull = WhenFull.HOLD_BACK,
+        in_place: bool = False,
+        rebind: bool = False,
     ) -> AsyncIterator[Endpoint]:
         """Opens an endpoint for an `async with` block and closes it at its end.
 
@@ -156,11 +398,17 @@ class Bus:
 
         Args:
             name: the service's name, 1 to 31 bytes as UTF-8; None for a bare address.
-            address: local address; by default the lowest free one from 1024 on.
+            address: local address; by default the lowest free one from 1024 on. Those below are
+                for services whose address is agreed on.
             destination: the peer's address where it is known in advance.
             announce: whether to tell the other side.
-            queue_limit: received messages kept before further ones stay in their buffers and
-                hold the peer back; one batch of up to 64 may still come on top.
+            queue_limit: received messages kept before `when_full` decides about further ones.
+            when_full: what becomes of those. With HOLD_BACK one batch of up to 64 may still
+                come on top.
+            in_place: messages stay in their shared buffers until they are received, for `hold`.
+                There are no more of them than buffers, so it is to be read quickly.
+            rebind: go on when the peer withdrew the channel or the bus went on over a new
+                device: what waits meanwhile waits for the peer to be back.
 
         Raises:
             ValueError: a bad name, an address that is in use or not possible.
@@ -173,16 +421,82 @@ class Bus:
         if queue_limit < 1:
             raise ValueError(f"queue_limit is {queue_limit}; at least 1 is needed")
         self._check_usable()
-        endpoint = Endpoint(self, name, self._addresses.take(address), destination, queue_limit)
+        endpoint = Endpoint(
+            self,
+            name,
+            self._addresses.take(address),
+            destination=destination,
+            announces=announce and name is not None and destination == ADDRESS_ANY,
+            queue_limit=queue_limit,
+            when_full=when_full,
+            in_place=in_place,
+            rebind=rebind,
+        )
         self._endpoints[endpoint.address] = endpoint
         try:
-            if name is not None and not endpoint.is_bound:
-                self._bind_to_known(endpoint, name)
-                if announce and self._names and destination == ADDRESS_ANY:
-                    await endpoint.announce()
+            if in_place:
+                self.choose_buffers(endpoint)
+            await self._introduce(endpoint)
             yield endpoint
         finally:
             await endpoint.aclose()
+
+    async def _introduce(self, endpoint: Endpoint) -> None:
+        """Binds an endpoint that is new on this link to its service, and announces it."""
+        if endpoint.name is not None and not endpoint.is_bound:
+            self._bind_to_known(endpoint, endpoint.name)
+        if endpoint.wants_announcing and self._names:
+            await endpoint.announce()
+
+    async def restart(self, device: VirtioDevice) -> None:
+        """Goes on over a new device, after the old one failed or was given up.
+
+        Endpoints that were opened with `rebind` live on: they are announced again, and bound
+        when the peer announces itself. All others stay broken. Messages that were not received
+        yet, announcements, held and reserved buffers belong to the old device and are gone; the
+        generation counts on.
+
+        Raises what `open_bus` raises, and:
+            trio.ClosedResourceError: the bus was closed.
+
+        Cancellation: the bus is broken; it can be tried again.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError("the bus was closed")
+        if self._restarting:
+            raise StateError("the bus is being restarted already")
+        if device is self._device:
+            raise StateError(f"{device.name} was driven before; start its processor anew")
+        failure = self.failure or PeerGoneError(f"{self._device.name} was given up here")
+        if self.failure is None and self.role is Role.DRIVER:
+            self._device.end()
+        self._fail(failure)
+        self._let_go(self.broken("bus"))
+        self._registry = ChannelRegistry()
+        for endpoint in tuple(self._endpoints.values()):
+            if not endpoint.revive():
+                endpoint.lose(failure)
+                self._remove(endpoint)
+        self._restarting = True
+        try:
+            await self._rings.aclose()
+            self._rings = AsyncExitStack()
+            await self._begin(device, self._count_rings())
+            if self._closed:
+                await self._rings.aclose()
+                raise trio.ClosedResourceError("the bus was closed")
+        except BaseException:
+            self.failure = failure
+            self.blocked = True
+            self._usable = False
+            raise
+        finally:
+            self._restarting = False
+        self._generation += 1
+        for endpoint in tuple(self._endpoints.values()):
+            if self._endpoints.get(endpoint.address) is endpoint:
+                await self._introduce(endpoint)
+        self._wake_all()
 
     async def aclose(self) -> None:
         """Takes the link down: a host resets the device, so that the remote sees it. Idempotent.
@@ -193,194 +507,435 @@ class Bus:
             for endpoint in tuple(self._endpoints.values()):
                 endpoint.close()
             self._closed = True
+            self._usable = False
             self._wake_all()
-            self._device.on_notify = self._device.on_failure = None
-            if self.role is Role.DRIVER and self.failure is None:
+            failed = self.failure is not None
+            self._let_go(trio.ClosedResourceError("the bus was closed"))
+            if self.role is Role.DRIVER and not failed:
                 self._device.end()
-            self._sending.close()
-            self._receiving.close()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     # What follows is for the endpoints.
 
-    def broken(self, what: str) -> trio.BrokenResourceError:
+    def broken(self, what: str, failure: OpenAMPError | None = None) -> trio.BrokenResourceError:
         """The error for a user of a link that failed, with the failure as its cause."""
-        error = trio.BrokenResourceError(f"{what}: {self.failure}")
-        error.__cause__ = self.failure
+        cause = failure or self.failure
+        error = trio.BrokenResourceError(f"{what}: {cause}")
+        error.__cause__ = cause
         return error
 
-    def send_nowait(self, source: int, destination: int, payload: bytes) -> bool:
+    async def rest(self) -> None:
+        """Lets other tasks run, and begins a new slice."""
+        await trio.lowlevel.checkpoint()
+        self.slice_end = perf_counter() + _SLICE
+
+    def begin_slice(self) -> None:
+        """A task that uses the bus was asleep: other tasks had their turn."""
+        self.slice_end = perf_counter() + _SLICE
+
+    def send_nowait(
+        self, source: int, destination: int, payload: bytes, *, has_turn: bool = False
+    ) -> bool:
         """Sends a message now, unless others wait for a buffer. Returns whether it went."""
-        return not self._turns and self._try_send(source, destination, payload)
-
-    async def send_when_free(self, endpoint: Endpoint, destination: int, payload: bytes) -> None:
-        """Waits for a buffer, behind those who wait already, and sends.
-
-        Cancellation: nothing was sent.
-        """
-        turn = _Turn(endpoint)
-        self._turns.append(turn)
-        try:
-            while True:
-                endpoint.check_usable()
-                # The wish comes before the look, so a buffer that is freed in between is notified.
-                if (
-                    self._turns[0] is turn
-                    and self._want_buffer()
-                    and self._try_send(endpoint.address, destination, payload)
-                ):
-                    break
-                endpoint.check_usable()
-                turn.called = trio.Event()
-                await turn.called.wait()
-        finally:
-            self._turns.remove(turn)
-            self._call_next()
-        await trio.lowlevel.cancel_shielded_checkpoint()
-
-    def drain(self) -> None:
-        """Takes what has come in and delivers it; what is too much for once follows soon."""
-        try:
-            give_back = not self._full
-            messages, kick, more = self._receiving.receive(give_back)
-            done = []
-            for source, destination, head, payload in messages:
-                if not self._deliver(source, destination, None if give_back else head, payload):
-                    done.append(head)
-            if done and not give_back:
-                kick |= self._receiving.release(done)
-        except VirtqueueError as error:
-            self._fail(error)
-            return
-        if kick:
-            self._device.kick(self._receive_index)
-        if more:
-            self._trio_token.run_sync_soon(self._drain_on, idempotent=True)
-
-    def catch_up(self) -> None:
-        """Handles what happened to the device before the bus listened to it."""
-        if self._device.failure is not None:
-            self._device_failed(self._device.failure)
-        else:
-            self.drain()
-
-    def took_message(self, endpoint: Endpoint, head: int | None) -> None:
-        """A message was received that held its buffer, or that made room."""
-        if not endpoint.is_full:
-            self._full.discard(endpoint)
-        if head is not None:
-            self._release([head])
-
-    def forget(self, endpoint: Endpoint, heads: list[int]) -> None:
-        """An endpoint was closed; `heads` are the buffers its messages held."""
-        del self._endpoints[endpoint.address]
-        self._addresses.give_back(endpoint.address)
-        self._full.discard(endpoint)
-        self._replies.pop(endpoint, None)
-        self._release(heads)
-        for turn in self._turns:
-            if turn.endpoint is endpoint:
-                turn.called.set()
-
-    # Inside.
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise trio.ClosedResourceError("the bus was closed")
-        if self.failure is not None:
-            raise self.broken("bus")
-
-    def _try_send(self, source: int, destination: int, payload: bytes) -> bool:
+        if self.failure is not None or (self._turns and not has_turn):
+            return False
         try:
             result = self._sending.send(source, destination, payload)
         except VirtqueueError as error:
             self._fail(error)
             raise self.broken("send") from error
-        if result == _NO_BUFFER:
-            return False
-        if result == _SMALL_BUFFER:
-            raise trio.BrokenResourceError("send") from PeerError(
-                f"{self._device.name}: the driver lent a buffer that is too small for "
-                f"{len(payload)} bytes of payload; this side was told of "
-                f"{self._sending.buffer_size} bytes with header"
-            )
-        if result:
-            self._device.kick(self._send_index)
+        if result < 0:
+            return self._no_buffer(result, len(payload))
+        if result or self._options.always_kick:
+            self.kick()
         return True
 
-    def _want_buffer(self) -> bool:
-        """Asks to be notified of a free buffer. Returns whether there is one already."""
-        try:
-            return self._sending.want_buffer()
-        except VirtqueueError as error:
-            self._fail(error)
-            return False
+    def encode_batch(self, payloads: Sequence[bytes]) -> _Batch:
+        """Messages for `send_batch`."""
+        return _Batch(payloads)
 
-    def _call_next(self) -> None:
-        """Calls the first who waits for a buffer, if there is one; else asks to be told."""
-        if self._closed or self.failure is not None:
-            return
-        if not (self._turns or self._replies):
-            self._sending.queue.notify_off()
-        elif self._turns and self._want_buffer():
-            self._turns[0].called.set()
+    def send_batch(
+        self,
+        source: int,
+        destination: int,
+        batch: _Batch,
+        count: Callable[[int, int], None],
+        *,
+        has_turn: bool = False,
+    ) -> bool:
+        """Sends what can be sent of a batch now. Returns whether all of it went.
 
-    def _release(self, heads: list[int]) -> None:
-        if heads and self.failure is None:
+        Args:
+            count: called with the number of messages that went, and their bytes.
+        """
+        while not batch.is_done:
+            if self.failure is not None or (self._turns and not has_turn):
+                return False
             try:
-                kick = self._receiving.release(heads)
+                sent, kick = self._sending.send_many(
+                    source, destination, batch.data, batch.lengths, batch.done, batch.offset
+                )
             except VirtqueueError as error:
                 self._fail(error)
-                return
-            if kick:
-                self._device.kick(self._receive_index)
+                raise self.broken("send") from error
+            if sent < 0:
+                return self._no_buffer(sent, len(batch.payloads[batch.done]))
+            length = sum(map(len, batch.payloads[batch.done : batch.done + sent]))
+            batch.done += sent
+            batch.offset += length
+            count(sent, length)
+            if kick or self._options.always_kick:
+                self.kick()
+        return True
 
-    def _notified(self) -> None:
-        if self.failure is not None:
+    def reserve(
+        self, source: int, destination: int, length: int | None, *, has_turn: bool = False
+    ) -> Reservation | None:
+        """A buffer to build a message in, or None when none is free."""
+        if self.failure is not None or (self._turns and not has_turn):
+            return None
+        ring = self._sending
+        try:
+            head, place, capacity = ring.reserve()
+        except VirtqueueError as error:
+            self._fail(error)
+            raise self.broken("reserve") from error
+        if head < 0:
+            self._no_buffer(head, length or 0)
+            return None
+        size = capacity if length is None else length
+        if size > capacity:
+            ring.cancel(head)
+            self._no_buffer(SMALL_BUFFER, size)
+        view = self._device.memory.find_pa(place, capacity)
+        assert view is not None, "translated before"
+
+        def commit(length: int) -> None:
+            del self._in_hand[reservation]
+            try:
+                kick = ring.commit(head, source, destination, length)
+            except VirtqueueError as error:
+                self._fail(error)
+                raise self.broken("send") from error
+            if kick or self._options.always_kick:
+                self.kick()
+
+        def cancel() -> None:
+            del self._in_hand[reservation]
+            ring.cancel(head)
+            self._call_next()
+
+        reservation = Reservation(view, size, commit, cancel)
+        self._in_hand[reservation] = head
+        return reservation
+
+    async def wait_for_buffers(self, endpoint: Endpoint, attempt: Callable[[], bool]) -> None:
+        """Waits for buffers, behind those who wait already, until `attempt` says it is done.
+
+        Cancellation: what `attempt` did is done.
+        """
+        turn = _Turn(endpoint)
+        generation = self._generation
+        self._turns.append(turn)
+        self.blocked = True
+        self._asked = False
+        self._waits += 1
+        try:
+            while True:
+                endpoint.check_usable()
+                self.check_generation(generation)
+                if self._turns[0] is turn and (
+                    attempt() or (self.drain(self.poll_now) and attempt())
+                ):
+                    return
+                endpoint.check_usable()
+                turn.called = trio.Event()
+                await turn.called.wait()
+                self.begin_slice()
+        finally:
+            self._turns.remove(turn)
+            if not self._turns and self._usable:
+                self.blocked = self._options.always_kick
+                if not self._replies:
+                    self._sending.queue.notify_off()
+            self._call_next()
+
+    def check_generation(self, generation: int) -> None:
+        """Raises where the bus went on over a new device since."""
+        if generation != self._generation:
+            raise trio.BrokenResourceError("the other side was restarted meanwhile") from (
+                PeerGoneError("the other side was restarted")
+            )
+
+    def drain(self, nanoseconds: int = 0) -> bool:
+        """Takes what has come in, as much as one call takes, and delivers it.
+
+        Args:
+            nanoseconds: how long to look for something where nothing is there.
+
+        Returns:
+            Whether anything was taken, or a free buffer found for one who waits.
+        """
+        if not self._usable:
+            return False
+        self._looked = True
+        self._asked = False
+        turns = self._turns
+        try:
+            bits, destination, length, messages, mixed = self._receiving.take(
+                nanoseconds, self._sending if turns else None
+            )
+        except VirtqueueError as error:
+            self._fail(error)
+            return True
+        if bits & _POLLED_OR_KICK:
+            if bits & POLLED:
+                hit = bool(bits & POLL_HIT)
+                self._polling.learn(hit)
+                if not hit:
+                    self.poll_now = 0  # until trio ran the other tasks
+            if bits & KICK:
+                self._kick_receive()
+        if destination != MIXED:
+            endpoint = self._endpoints.get(destination)
+            if endpoint is not None:
+                endpoint.deliver(messages, length)
+            else:
+                self._deliver_elsewhere(destination, messages)
+        elif mixed:
+            self._deliver_mixed(mixed)
+        if turns:
+            self._call_next()
+        came = bool(messages or mixed)
+        if came and self._options.always_kick:
+            self._kick_receive()
+        return came or bool(bits & POLL_HIT)
+
+    def _deliver_mixed(self, arrivals: list[Arrival]) -> None:
+        for arrival in arrivals:
+            endpoint = self._endpoints.get(arrival.destination)
+            if endpoint is None:
+                if arrival.kept:
+                    self._give_back([arrival.head])
+                self._deliver_elsewhere(arrival.destination, arrival.messages)
+            elif arrival.kept == RETURNED:
+                endpoint.deliver(arrival.messages, arrival.length)
+            else:
+                self._kept += 1
+                endpoint.deliver_kept(arrival)
+        if self._is_starved:
+            self._starved.set()
+
+    def release(self, heads: Sequence[int]) -> None:
+        """Gives buffers back that queued messages occupied."""
+        self._kept -= len(heads)
+        self._give_back(heads)
+
+    def open_held(self, head: int, length: int, source: int) -> HeldMessage:
+        """A queued message that is only in its buffer, in the hands of whoever asked."""
+        view = self._device.memory.find_pa(self._receiving.place(head), length)
+        assert view is not None, "translated before"
+        held = HeldMessage(view.toreadonly(), source, self)
+        self._in_hand[held] = head
+        self._kept -= 1
+        return held
+
+    def give_back(self, held: HeldMessage) -> None:
+        """A held message was released."""
+        self._give_back([self._in_hand.pop(held)])
+
+    def choose_buffers(self, endpoint: Endpoint) -> None:
+        """Whether the buffers of further messages for an endpoint are kept has changed."""
+        if endpoint.in_place:
+            self._keep[endpoint.address] = IN_PLACE
+        elif endpoint.holds_back:
+            self._keep[endpoint.address] = KEPT
+        else:
+            self._keep.pop(endpoint.address, None)
+        if self._usable:
+            self._receiving.keep(self._keep)
+
+    def count_drops(self, **counts: int) -> None:
+        """Messages were dropped, by reason of `Drops`."""
+        for reason, count in counts.items():
+            if count:
+                _logger.log(
+                    _level(self._counts[reason]),
+                    "%s: dropped %d messages: %s", self._device.name, count, reason,
+                )  # fmt: skip
+                self._counts[reason] += count
+
+    def forget(self, endpoint: Endpoint, heads: Sequence[int]) -> None:
+        """An endpoint was closed; `heads` are the buffers its messages occupied."""
+        if self._endpoints.get(endpoint.address) is not endpoint:
+            return  # it did not go on over the present device
+        self._remove(endpoint)
+        self._keep.pop(endpoint.address, None)
+        if self._usable:
+            self._receiving.keep(self._keep)
+            self.release(heads)
+        for turn in self._turns:
+            if turn.endpoint is endpoint:
+                turn.called.set()
+
+    # What follows is for _Watch.
+
+    def before_sleep(self, timeout: float) -> None:
+        """Trio looks for events now, and sleeps for up to `timeout` seconds."""
+        if not self.poll_now and self._polling.wants():
+            self.poll_now = self._poll_nanoseconds
+        if self._asked:
+            return
+        if timeout > 0 or not self._looked:
+            self._ask_for_kicks()
+        self._looked = False
+
+    def after_sleep(self) -> None:
+        """Trio woke up: what came is delivered before the first task runs."""
+        if not self._usable:
             return
         self.drain()
-        if self.failure is None and not self._device.is_up:
+        if self._turns or self._replies:
+            self._look()
+
+    # Inside.
+
+    @property
+    def _is_starved(self) -> bool:
+        """Whether queued messages keep the last of the peer's buffers."""
+        held = sum(isinstance(each, HeldMessage) for each in self._in_hand)
+        return self._kept > 0 and self._kept + held >= self._receiving.queue.layout.num
+
+    def _check_usable(self) -> None:
+        if not self._usable:
+            raise self._ended()
+
+    def _ended(self) -> Exception:
+        return (
+            trio.ClosedResourceError("the bus was closed") if self._closed else self.broken("bus")
+        )
+
+    def _ask_for_kicks(self) -> None:
+        """From now on the peer has to kick for what comes."""
+        self._asked = True
+        if not self._usable:
+            return
+        receiving, waits = self._receiving.queue, bool(self._turns or self._replies)
+        try:
+            there = receiving.notify_on() if receiving.is_quiet else receiving.pending
+            if waits and self._sending.want_buffer():
+                there = True
+        except VirtqueueError as error:
+            self._fail(error)
+            there = True
+        if there:
+            # Trio has decided already how long to sleep; this wakes it.
+            self._trio_token.run_sync_soon(self._look, idempotent=True)
+
+    def _notified(self) -> None:
+        if self._usable:
+            self._kicks_received += 1
+            # What came after the last look since trio woke up is found before it sleeps again.
+            if not self._looked:
+                self._look()
+        if self._usable and not self._device.is_up:
             self._device_failed(
                 PeerGoneError(
                     f"{self._device.name}: the other side reset the device "
                     f"(status {self._device.status:#x})"
                 )
             )
-        if self._replies or self._turns:
-            self._send_replies()
 
-    def _drain_on(self) -> None:
-        if not self._closed and self.failure is None:
+    def _look(self) -> None:
+        """Handles whatever there is."""
+        if self._usable:
             self.drain()
+            if self._replies:
+                self._send_replies()
+            self._call_next()
 
-    def _deliver(self, source: int, destination: int, head: int | None, payload: bytes) -> bool:
-        """Hands one message on. Returns whether it keeps its buffer `head`."""
-        if source == ADDRESS_ANY:
-            count = self._drops.bad_source
-            self._drops = replace(self._drops, bad_source=count + 1)
-            _logger.log(_level(count), "%s: dropped a message from no address", self._device.name)
+    async def _recheck(self, seconds: float) -> None:
+        while True:
+            await trio.sleep(seconds)
+            self._look()
+
+    async def _give_up_unread(self) -> None:
+        while True:
+            await self._starved.wait()
+            self._starved = trio.Event()
+            before = {
+                endpoint: endpoint.taken
+                for endpoint in self._endpoints.values()
+                if endpoint.occupies
+            }
+            await trio.sleep(self._options.patience)
+            if not (self._usable and self._is_starved):
+                continue
+            for endpoint, taken in before.items():
+                if endpoint.occupies and endpoint.taken == taken:
+                    # As text: whoever keeps the record must not keep the bus.
+                    what = repr(endpoint)
+                    _logger.warning("%s keeps the last buffers and is not read", what)
+                    endpoint.give_up_held()
+            if self._is_starved:
+                self._starved.set()
+
+    def _no_buffer(self, result: int, length: int) -> bool:
+        """Sorts out why a message did not go. Returns False where there is no buffer."""
+        if result != SMALL_BUFFER:
             return False
-        endpoint = self._endpoints.get(destination)
-        if endpoint is None:
-            if destination == NAME_SERVICE_ADDRESS and self._names:
-                self._handle_announcement(payload)
-            else:
-                count = self._drops.unknown_destination
-                self._drops = replace(self._drops, unknown_destination=count + 1)
-                _logger.log(
-                    _level(count),
-                    "%s: dropped a message of %d bytes from %#x: nobody listens at %#x",
-                    self._device.name,
-                    len(payload),
-                    source,
-                    destination,
-                )
-            return False
-        keeps = head is not None and endpoint.is_full
-        endpoint.deliver(payload, source, head if keeps else None)
-        if endpoint.is_full:
-            self._full.add(endpoint)
-        return keeps
+        if length > self.payload_limit:
+            return False  # the caller's fault, who will find out
+        raise trio.BrokenResourceError("send") from PeerError(
+            f"{self._device.name}: the driver lent a buffer that is too small for "
+            f"{length} bytes of payload; this side was told of "
+            f"{self._sending.buffer_size} bytes with header"
+        )
+
+    def _call_next(self) -> None:
+        """Calls the first who waits for a buffer, where there is one."""
+        if self._turns and self._usable and self._sending.has_buffer():
+            self._turns[0].called.set()
+
+    def _give_back(self, heads: Sequence[int]) -> None:
+        if heads and self._usable:
+            try:
+                kick = self._receiving.release(heads)
+            except VirtqueueError as error:
+                self._fail(error)
+                return
+            if kick or self._options.always_kick:
+                self._kick_receive()
+
+    def _let_go(self, error: Exception) -> None:
+        """The device is not ours any more, nor are the buffers that users have in hand."""
+        self._device.on_notify = self._device.on_failure = None
+        self.transmit = transmit_closed
+        for each in tuple(self._in_hand):
+            each.take_away(error)
+        self._in_hand.clear()
+
+    def _remove(self, endpoint: Endpoint) -> None:
+        del self._endpoints[endpoint.address]
+        self._addresses.give_back(endpoint.address)
+        self._replies.pop(endpoint, None)
+
+    def _deliver_elsewhere(self, destination: int, messages: Sequence[Message]) -> None:
+        """Messages for no endpoint: announcements, or nobody's."""
+        if destination == NAME_SERVICE_ADDRESS and self._names:
+            for message in messages:
+                self._handle_announcement(message.payload)
+            return
+        count = self._counts["unknown_destination"]
+        self._counts["unknown_destination"] += len(messages)
+        _logger.log(
+            _level(count),
+            "%s: dropped a message of %d bytes from %#x: nobody listens at %#x",
+            self._device.name,
+            len(messages[0].payload),
+            messages[0].source,
+            destination,
+        )
 
     def _handle_announcement(self, payload: bytes) -> None:
         announcement = decode_announcement_untrusted(payload)
@@ -390,22 +945,33 @@ class Bus:
         channel = announcement.channel
         if announcement.destroy:
             refusal = self._registry.destroy(channel)
-            for endpoint in self._endpoints.values():
-                if endpoint.name == channel.name and endpoint.destination == channel.address:
-                    endpoint.unbind()
+            self._unbind(channel)
         else:
             refusal = self._registry.create(channel)
             self._bind_and_acknowledge(channel)
         if refusal:
             self._refuse_announcement(f"{channel}", refusal)
+        else:
+            self._tell_watches(announcement)
         self._news.unpark_all()
 
+    def _tell_watches(self, announcement: Announcement) -> None:
+        for watch in self._watches:
+            watch.add(announcement)
+
     def _refuse_announcement(self, what: str, why: str) -> None:
-        count = self._drops.bad_announcement
-        self._drops = replace(self._drops, bad_announcement=count + 1)
+        count = self._counts["bad_announcement"]
+        self._counts["bad_announcement"] += 1
         _logger.log(
             _level(count), "%s: announcement of %s refused: %s", self._device.name, what, why
         )
+
+    def _unbind(self, channel: Channel) -> None:
+        for endpoint in self._endpoints.values():
+            if endpoint.name == channel.name and endpoint.destination == channel.address:
+                endpoint.unbind()
+                if not endpoint.is_bound and not endpoint.is_withdrawn:
+                    self._bind_to_known(endpoint, channel.name)
 
     def _bind_and_acknowledge(self, channel: Channel) -> None:
         """Binds the first endpoint that waits for this service; a host answers for it."""
@@ -414,11 +980,12 @@ class Bus:
                 endpoint.bind(channel.address)
                 if self.role is Role.DRIVER and endpoint.announces:
                     self._replies[endpoint] = None
+                    self._asked = False
                     self._send_replies()
                 return
 
     def _bind_to_known(self, endpoint: Endpoint, name: str) -> None:
-        """Binds a new endpoint to a service announced before, that no other one is bound to."""
+        """Binds an endpoint to a service announced before, that no other one is bound to."""
         taken = {other.destination for other in self._endpoints.values() if other.name == name}
         for channel in self._registry:
             if channel.name == name and channel.address not in taken:
@@ -430,21 +997,23 @@ class Bus:
         try:
             while self._replies and self.failure is None:
                 endpoint = next(iter(self._replies))
-                if not self._want_buffer():
+                if not self.send_nowait(
+                    endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement(), has_turn=True
+                ):
                     return  # and a notification will come
-                announcement = endpoint.announcement()
-                if not self._try_send(endpoint.address, NAME_SERVICE_ADDRESS, announcement):
-                    return
                 endpoint.was_told()
                 del self._replies[endpoint]
         except trio.BrokenResourceError:
             return
-        self._call_next()
+        if not self._turns and self._usable:
+            self._sending.queue.notify_off()
 
     def _fail(self, cause: OpenAMPError) -> None:
         """The link is over: everyone who waits wakes with this cause."""
         if self.failure is None:
             self.failure = cause
+            self.blocked = True
+            self._usable = False
             self._wake_all()
 
     def _device_failed(self, cause: OpenAMPError) -> None:
@@ -461,6 +1030,14 @@ class Bus:
         for turn in self._turns:
             turn.called.set()
         self._news.unpark_all()
+        if not self._usable:
+            for watch in self._watches:
+                watch.end(self._ended())
+
+
+def _level(count: int) -> int:
+    """The first of its kind is worth a warning; a peer must not be able to flood the log."""
+    return logging.DEBUG if count else logging.WARNING
 
 
 async def _wait_driver(device: VirtioDevice) -> None:
@@ -541,10 +1118,7 @@ async def open_rings(
 
 @asynccontextmanager
 async def open_bus(
-    device: VirtioDevice,
-    *,
-    send_buffer_size: int = DEFAULT_BUFFER_SIZE,
-    receive_buffer_size: int = DEFAULT_BUFFER_SIZE,
+    device: VirtioDevice, options: BusOptions = DEFAULT_OPTIONS
 ) -> AsyncIterator[Bus]:
     """Brings an RPMsg device up for an `async with` block and takes it down at its end.
 
@@ -553,9 +1127,7 @@ async def open_bus(
 
     Args:
         device: an RPMsg device, from a `RemoteProcessor` or `open_resources`.
-        send_buffer_size: bytes of a buffer, header included, in the sending direction.
-        receive_buffer_size: the same for the receiving direction. A driver chooses both;
-            a device has to be told what its driver chose.
+        options: how to work the link.
 
     Raises:
         ValueError: it is not an RPMsg device, or a buffer size is not possible.
@@ -563,15 +1135,10 @@ async def open_bus(
         StateError: a driver had it before; a new start of the processor makes a new device.
         trio.BrokenResourceError: the other side is gone.
     """
-    async with open_rings(
-        device, send_buffer_size=send_buffer_size, receive_buffer_size=receive_buffer_size
-    ) as (sending, receiving):
-        bus = Bus(device, sending, receiving)
+    bus = Bus(options, device)
+    async with bus.open_rings(device), open_background() as nursery:
+        await nursery.start(bus.run)
         try:
-            if device.role is Role.DRIVER:
-                device.set_driver_ok()
-            # What came in, or went wrong, before there was a bus has been told already.
-            bus.catch_up()
             yield bus
         finally:
             await bus.aclose()

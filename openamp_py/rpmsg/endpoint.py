@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Self
 
 import trio
+from trio.lowlevel import checkpoint_if_cancelled
 
+from openamp_py.background import plain_errors
 from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS
-from openamp_py.errors import PeerGoneError
+from openamp_py.errors import OpenAMPError, PeerGoneError, StateError
 from openamp_py.rpmsg.addresses import check_destination
+from openamp_py.rpmsg.in_place import HeldMessage, Reservation
+from openamp_py.rpmsg.statistics import EndpointReport, EndpointStatistics
 from openamp_py.rpmsg.wire import Announcement, Channel, encode_announcement
+from openamp_py.virtio import Message
+from openamp_py.virtio.message_ring import IN_PLACE, Arrival
 
 if TYPE_CHECKING:
     from openamp_py.rpmsg.bus import Bus
@@ -19,16 +30,37 @@ if TYPE_CHECKING:
 Payload = bytes | bytearray | memoryview
 """What can be sent; anything but bytes is copied once more."""
 
+Handler = Callable[[Message], Awaitable[None]]
+"""What `Endpoint.serve` calls for each message."""
+
 CLOSE_GRACE = 1.0
 """Seconds that `aclose` waits for a buffer to send the withdrawal in, when all are out."""
 
+DEFAULT_QUEUE_LIMIT = 256
+"""Messages an endpoint keeps before `WhenFull` decides."""
 
-class Message(NamedTuple):
-    """What an endpoint received."""
 
-    payload: bytes
+class WhenFull(enum.Enum):
+    """What becomes of messages for an endpoint that has as many as it may keep."""
+
+    HOLD_BACK = "hold back"
+    """They stay in their shared buffers, so that the peer runs out of them and has to wait. Nothing
+    is lost as long as the endpoint is read. One that keeps the last buffer of the link and is not
+    read for `BusOptions.patience` loses what it holds (counted), so that the name service and
+    other endpoints go on; once it is read again it holds back again."""
+    DROP_OLDEST = "drop oldest"
+    """The one that waits longest makes room; counted."""
+    DROP_NEWEST = "drop newest"
+    """They are lost; counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Occupied:
+    """A queued message that is only in its shared buffer."""
+
+    head: int
+    length: int
     source: int
-    """The sender's address."""
 
 
 class Endpoint:
@@ -37,28 +69,43 @@ class Endpoint:
     Made by `Bus.open_endpoint`, which closes it. Bound to a peer's address when the name
     service says so, or by the first message that comes; until then `send` waits.
 
-    One task may receive at a time; any number may send.
-
-    A message that comes while `queue_limit` messages wait to be received stays in its
-    shared buffer, so that the peer runs out of buffers and is held back; nothing is
-    dropped.
+    One task may receive at a time; any number may send. Calls that need not wait let other tasks
+    run every 0.1 ms or so instead of each time.
 
     Attributes:
         name: the service's name, or None for an endpoint that is only an address.
         address: its local address.
+        when_full: what becomes of messages beyond its limit.
     """
 
     def __init__(
-        self, bus: Bus, name: str | None, address: int, destination: int, queue_limit: int
+        self,
+        bus: Bus,
+        name: str | None,
+        address: int,
+        *,
+        destination: int = ADDRESS_ANY,
+        announces: bool = False,
+        queue_limit: int = DEFAULT_QUEUE_LIMIT,
+        when_full: WhenFull = WhenFull.HOLD_BACK,
+        in_place: bool = False,
+        rebind: bool = False,
     ) -> None:
         self.name = name
         self.address = address
+        self.when_full = when_full
         self._bus = bus
-        self._fixed = destination != ADDRESS_ANY
+        self._given_destination = destination
         self._destination = destination
-        self._queue_limit = queue_limit
-        self._queue: deque[Message] = deque()
-        self._held: deque[int] = deque()  # buffers of the youngest messages in the queue
+        self._wants_announcing = announces
+        self._queue_limit = self._bound = queue_limit
+        self._in_place = in_place
+        self._rebind = rebind
+        self._queue: deque[Message | _Occupied] = deque()
+        self._held: deque[int] = deque()  # buffers of copied messages, which hold the peer back
+        self._holds_back = False
+        self._unread = False
+        self._careful = in_place  # taking a message is more than taking it out of the queue
         self._receiving = False
         self._sleeper: trio.lowlevel.Task | None = None
         self._binding = trio.lowlevel.ParkingLot()
@@ -66,6 +113,11 @@ class Endpoint:
         self._told = False
         self._withdrawn = False
         self._closed = False
+        self._over = False  # closed, or lost at a restart
+        self._failure: OpenAMPError | None = None
+        self._taken = 0
+        self._sent = self._sent_bytes = self._received = self._received_bytes = 0
+        self._waits = self._dropped = 0
 
     @property
     def destination(self) -> int | None:
@@ -87,6 +139,21 @@ class Endpoint:
         """Most bytes that one message sent from here can carry."""
         return self._bus.payload_limit
 
+    @property
+    def statistics(self) -> EndpointStatistics:
+        """What it counted so far."""
+        occupied = sum(isinstance(each, _Occupied) for each in self._queue) if self._in_place else 0
+        return EndpointStatistics(
+            sent=self._sent,
+            sent_bytes=self._sent_bytes,
+            received=self._received,
+            received_bytes=self._received_bytes,
+            buffer_waits=self._waits,
+            queued=len(self._queue),
+            held=len(self._held) + occupied,
+            dropped=self._dropped,
+        )
+
     def __repr__(self) -> str:
         peer = f"{self._destination:#x}" if self.is_bound else "not bound"
         return f"<Endpoint {self.name or ''} {self.address:#x} -> {peer}>"
@@ -94,22 +161,20 @@ class Endpoint:
     async def wait_bound(self) -> None:
         """Waits until the peer's address is known: it announced itself, or wrote first.
 
+        An endpoint that was opened with `rebind` also waits for the bus to go on after a failure.
+
         Raises:
             trio.ClosedResourceError: the endpoint was closed here.
             trio.BrokenResourceError: the other side is gone.
         """
         await trio.lowlevel.checkpoint()
-        while not self.is_bound:
-            self.check_usable()
+        while not self.is_bound or (self._rebind and self._bus.failure is not None):
+            if self._closed or not self._rebind:
+                self.check_usable()
             await self._binding.park()
         self.check_usable()
 
-    async def _wait_peer(self) -> int:
-        """As `wait_bound`, but a withdrawn channel is not waited for."""
-        while not self.is_bound and not self._withdrawn:
-            self.check_usable()
-            await self._binding.park()
-        return self._peer()
+    # Sending.
 
     async def send(self, payload: Payload) -> None:
         """Sends one message to the peer; waits until bound, and for a free buffer.
@@ -121,15 +186,84 @@ class Endpoint:
 
         Cancellation: nothing was sent.
         """
+        bus = self._bus
+        if perf_counter() >= bus.slice_end:
+            await bus.rest()
+        else:
+            await checkpoint_if_cancelled()
+        if (
+            type(payload) is bytes
+            and self._destination != ADDRESS_ANY
+            and not (self._over or bus.blocked)
+        ):
+            length = len(payload)
+            result = bus.transmit(self.address, self._destination, payload, length)
+            if result >= 0:
+                if result:
+                    bus.kick()
+                self._sent += 1
+                self._sent_bytes += length
+                return
         data = self._check_payload(payload)
-        await trio.lowlevel.checkpoint_if_cancelled()
-        await self._send(data, await self._wait_peer())
+        await self._send(data, self.address, await self._wait_peer())
 
     async def send_to(self, payload: Payload, destination: int) -> None:
         """Sends one message to any address on the other side, as `send` does."""
+        bus = self._bus
+        if perf_counter() >= bus.slice_end:
+            await bus.rest()
+        else:
+            await checkpoint_if_cancelled()
+        if (
+            type(payload) is bytes
+            and 0 <= destination < ADDRESS_ANY
+            and not (self._over or bus.blocked)
+        ):
+            length = len(payload)
+            result = bus.transmit(self.address, destination, payload, length)
+            if result >= 0:
+                if result:
+                    bus.kick()
+                self._sent += 1
+                self._sent_bytes += length
+                return
         data = self._check_payload(payload)
-        await trio.lowlevel.checkpoint_if_cancelled()
-        await self._send(data, check_destination(destination))
+        await self._send(data, self.address, check_destination(destination))
+
+    async def send_from(self, payload: Payload, source: int, destination: int) -> None:
+        """Sends one message in the name of another local address, as `send` does.
+
+        An answer goes to whoever has that address here; nobody has to.
+        """
+        data = self._check_payload(payload)
+        await checkpoint_if_cancelled()
+        await self._send(data, check_destination(source), check_destination(destination))
+
+    async def send_many(self, payloads: Sequence[Payload]) -> None:
+        """Sends messages to the peer in their order, with one kick for as many as there is room.
+
+        Raises what `send` does; for one payload that is too long nothing is sent.
+
+        Cancellation: some may have been sent: `statistics.sent` tells how many.
+        """
+        parts = self._check_payloads(payloads)
+        bus = self._bus
+        if perf_counter() >= bus.slice_end:
+            await bus.rest()
+        else:
+            await checkpoint_if_cancelled()
+        destination = self._destination
+        if destination == ADDRESS_ANY or self._over or bus.failure is not None:
+            destination = await self._wait_peer()
+        batch = bus.encode_batch(parts)
+        if not bus.send_batch(self.address, destination, batch, self._count_sent):
+            self._waits += 1
+            await bus.wait_for_buffers(
+                self,
+                lambda: bus.send_batch(
+                    self.address, destination, batch, self._count_sent, has_turn=True
+                ),
+            )
 
     def send_nowait(self, payload: Payload) -> None:
         """Sends one message to the peer now, or raises.
@@ -139,11 +273,79 @@ class Endpoint:
             Otherwise as `send`.
         """
         data = self._check_payload(payload)
-        self.check_usable()
-        if not self.is_bound and not self._withdrawn:
-            raise trio.WouldBlock(f"{self!r}: no peer yet")
-        if not self._bus.send_nowait(self.address, self._peer(), data):
+        self._send_now(data, self.address, self._peer_nowait())
+
+    def send_to_nowait(self, payload: Payload, destination: int) -> None:
+        """Sends one message to any address on the other side now, or raises as `send_nowait`."""
+        data = self._check_payload(payload)
+        self._send_now(data, self.address, check_destination(destination))
+
+    def send_from_nowait(self, payload: Payload, source: int, destination: int) -> None:
+        """Sends one message in another address's name now, or raises as `send_nowait`."""
+        data = self._check_payload(payload)
+        self._send_now(data, check_destination(source), check_destination(destination))
+
+    def send_many_nowait(self, payloads: Sequence[Payload]) -> int:
+        """Sends messages to the peer as far as there are buffers now.
+
+        Returns:
+            How many went, from the first on.
+
+        Raises:
+            trio.WouldBlock: none of them could go. Otherwise as `send`.
+        """
+        parts = self._check_payloads(payloads)
+        destination = self._peer_nowait()
+        before = self._sent
+        batch = self._bus.encode_batch(parts)
+        self._bus.send_batch(self.address, destination, batch, self._count_sent)
+        sent = self._sent - before
+        if parts and not sent:
             raise trio.WouldBlock(f"{self!r}: no buffer is free")
+        return sent
+
+    @asynccontextmanager
+    async def reserve(self, length: int | None = None) -> AsyncIterator[Reservation]:
+        """A message to the peer that is built in its shared buffer, for an `async with` block.
+
+        Waits as `send` does. Sent at the end of the block; given back unsent where the block
+        raises or calls `discard`.
+
+        Args:
+            length: bytes of payload; can be set later, and is by default all that fits.
+
+        Raises: what `send` does, at either end of the block.
+        """
+        self._check_length(length)
+        await checkpoint_if_cancelled()
+        destination = await self._wait_peer()
+        reservation = self._bus.reserve(self.address, destination, length)
+        if reservation is None:
+            self._waits += 1
+            found: list[Reservation] = []
+
+            def attempt() -> bool:
+                taken = self._bus.reserve(self.address, destination, length, has_turn=True)
+                if taken is not None:
+                    found.append(taken)
+                return taken is not None
+
+            await self._bus.wait_for_buffers(self, attempt)
+            (reservation,) = found
+        with self._sent_at_end(reservation):
+            yield reservation
+
+    @contextmanager
+    def reserve_nowait(self, length: int | None = None) -> Iterator[Reservation]:
+        """As `reserve`, for a `with` block; raises what `send_nowait` does."""
+        self._check_length(length)
+        reservation = self._bus.reserve(self.address, self._peer_nowait(), length)
+        if reservation is None:
+            raise trio.WouldBlock(f"{self!r}: no buffer is free")
+        with self._sent_at_end(reservation):
+            yield reservation
+
+    # Receiving.
 
     async def receive(self) -> Message:
         """The next message; waits for one.
@@ -157,27 +359,116 @@ class Endpoint:
 
         Cancellation: no message is lost.
         """
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if self._receiving:
-            raise trio.BusyResourceError(f"{self!r}: another task receives here already")
-        if self._has_message():
-            message = self._take()
-            await trio.lowlevel.cancel_shielded_checkpoint()
-            return message
-        self._receiving = True
-        try:
-            await self._sleep()
-            while not self._has_message():
-                await self._sleep()
-        finally:
-            self._receiving = False
-        return self._take()
+        bus = self._bus
+        if perf_counter() >= bus.slice_end:
+            await bus.rest()
+        else:
+            await checkpoint_if_cancelled()
+        if not self._queue and (self._receiving or not bus.drain(bus.poll_now) or not self._queue):
+            await self._wait_message()
+        if self._careful:
+            return self._take()
+        return self._queue.popleft()  # type: ignore[return-value]  # only careful ones have others
+
+    async def receive_many(self, limit: int | None = None) -> list[Message]:
+        """The messages that are there, in order; waits until there is one.
+
+        Args:
+            limit: most messages to return; by default all.
+
+        Raises and is cancelled as `receive`.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"a limit of {limit} messages; at least 1 is needed")
+        bus = self._bus
+        if perf_counter() >= bus.slice_end:
+            await bus.rest()
+        else:
+            await checkpoint_if_cancelled()
+        queue = self._queue
+        if not queue and (self._receiving or not bus.drain(bus.poll_now) or not queue):
+            await self._wait_message()
+        if self._careful or (limit is not None and limit < len(queue)):
+            count = len(queue) if limit is None else min(limit, len(queue))
+            return [self._take() for _ in range(count)]
+        messages = list(queue)
+        queue.clear()
+        self._taken += len(messages)
+        return messages  # type: ignore[return-value]  # only careful endpoints have others
 
     def receive_nowait(self) -> Message:
         """The next message if it is there; otherwise raises trio.WouldBlock, or as `receive`."""
         if not self._has_message():
             raise trio.WouldBlock
         return self._take()
+
+    async def hold(self) -> HeldMessage:
+        """The next message, in its shared buffer until it is released; waits for one.
+
+        Only for an endpoint that was opened with `in_place`. The peer lacks the buffer meanwhile.
+
+        Raises:
+            StateError: the endpoint was not opened with `in_place`. Otherwise as `receive`.
+        """
+        if not self._in_place:
+            raise StateError(f"{self!r}: open it with in_place=True to hold messages")
+        await checkpoint_if_cancelled()
+        bus = self._bus
+        if not self._queue and (self._receiving or not bus.drain(bus.poll_now) or not self._queue):
+            await self._wait_message()
+        return self._hold()
+
+    def hold_nowait(self) -> HeldMessage:
+        """As `hold`, or raises trio.WouldBlock."""
+        if not self._in_place:
+            raise StateError(f"{self!r}: open it with in_place=True to hold messages")
+        if not self._has_message():
+            raise trio.WouldBlock
+        return self._hold()
+
+    async def serve(self, handler: Handler, *, concurrency: int = 1) -> None:
+        """Calls `handler` for each message until the channel ends.
+
+        Returns when the peer withdrew the channel, or the endpoint was closed here, also by a
+        handler, and all handlers have returned.
+
+        Args:
+            handler: an async function of one `Message`. What it raises ends this call.
+            concurrency: handlers that may run at once. With 1 the messages are handled in
+                their order; with more they are begun in it.
+
+        Raises:
+            trio.BrokenResourceError: the other side is gone.
+            trio.BusyResourceError: another task receives here already.
+        """
+        if concurrency < 1:
+            raise ValueError(f"a concurrency of {concurrency}; at least 1 is needed")
+        if concurrency == 1:
+            async for message in self._until_closed():
+                await handler(message)
+            return
+        room = trio.Semaphore(concurrency)
+
+        async def run(message: Message) -> None:
+            try:
+                await handler(message)
+            finally:
+                room.release()
+
+        with plain_errors():
+            async with trio.open_nursery() as nursery:
+                await room.acquire()
+                async for message in self._until_closed():
+                    nursery.start_soon(run, message)
+                    await room.acquire()
+
+    async def _until_closed(self) -> AsyncIterator[Message]:
+        while True:
+            try:
+                message = await self.receive()
+            except (trio.EndOfChannel, trio.ClosedResourceError):
+                return
+            yield message
 
     def __aiter__(self) -> Self:
         return self
@@ -188,6 +479,8 @@ class Endpoint:
         except trio.EndOfChannel:
             raise StopAsyncIteration from None
 
+    # Closing.
+
     async def aclose(self) -> None:
         """Withdraws the announcement and closes. Idempotent.
 
@@ -195,13 +488,14 @@ class Endpoint:
         waits at most a second for one, shielded.
         """
         try:
-            if self._told and not self._closed and self._bus.failure is None:
+            if self._told and not self._over and self._bus.failure is None:
                 self._told = self._announces = False
                 with (
                     trio.move_on_after(CLOSE_GRACE, shield=True),
                     contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError),
                 ):
-                    await self._send(self.announcement(destroy=True), NAME_SERVICE_ADDRESS)
+                    withdrawal = self.announcement(destroy=True)
+                    await self._send(withdrawal, self.address, NAME_SERVICE_ADDRESS, counts=False)
         finally:
             self.close()
         await trio.lowlevel.cancel_shielded_checkpoint()
@@ -209,11 +503,10 @@ class Endpoint:
     def close(self) -> None:
         """Closes at once, without a word to the peer. Idempotent."""
         if not self._closed:
-            self._closed = True
+            self._closed = self._over = True
             self._announces = False
-            self._bus.forget(self, list(self._held))
-            self._queue.clear()
-            self._held.clear()
+            heads = self._clear()
+            self._bus.forget(self, heads)
             self.wake()
 
     # What follows is for the bus.
@@ -222,8 +515,8 @@ class Endpoint:
         """Tells the peer of this endpoint."""
         # From before it goes out: a service that is announced to us meanwhile gets its answer.
         self._announces = True
-        await trio.lowlevel.checkpoint_if_cancelled()
-        await self._send(self.announcement(), NAME_SERVICE_ADDRESS)
+        await checkpoint_if_cancelled()
+        await self._send(self.announcement(), self.address, NAME_SERVICE_ADDRESS, counts=False)
         self._told = True
 
     def announcement(self, *, destroy: bool = False) -> bytes:
@@ -239,89 +532,261 @@ class Endpoint:
         """The peer was told of this endpoint in an answer, so it is told of its end too."""
         self._told = True
 
+    @property
+    def taken(self) -> int:
+        """Messages taken out of its queue; counted only where it matters."""
+        return self._taken
+
+    @property
+    def in_place(self) -> bool:
+        """Whether its messages stay in their shared buffers."""
+        return self._in_place
+
+    @property
+    def occupies(self) -> bool:
+        """Whether queued messages keep shared buffers."""
+        return bool(self._held) or (self._in_place and bool(self._queue))
+
     def check_usable(self) -> None:
         """Raises when the endpoint is closed or its bus failed."""
         if self._closed:
             raise trio.ClosedResourceError(f"{self!r} was closed")
-        if self._bus.failure is not None:
-            raise self._bus.broken(repr(self))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether further messages have to stay in their buffers."""
-        return len(self._queue) >= self._queue_limit
+        failure = self._failure or self._bus.failure
+        if failure is not None:
+            raise self._bus.broken(repr(self), failure)
 
     def bind(self, destination: int) -> None:
         """The peer is at `destination` from now on."""
-        self._destination = destination
-        self._withdrawn = False
-        self._binding.unpark_all()
+        if self._failure is None:
+            self._destination = destination
+            self._withdrawn = False
+            self._binding.unpark_all()
 
     def unbind(self) -> None:
         """The peer withdrew the channel."""
-        if not self._fixed:
+        if self._given_destination == ADDRESS_ANY:
             self._destination = ADDRESS_ANY
-            self._withdrawn = True
+            self._withdrawn = not self._rebind
             self.wake()
 
-    def deliver(self, payload: bytes, source: int, head: int | None) -> None:
-        """A message came; `head` is its buffer if that was not given back yet."""
+    def deliver(self, messages: Sequence[Message | _Occupied], length: int) -> None:
+        """Messages of `length` bytes each came; what cannot be kept is dropped and counted."""
         if self._destination == ADDRESS_ANY:
-            self.bind(source)
-        self._queue.append(Message(payload, source))
-        if head is not None:
-            self._held.append(head)
-        self._wake_receiver()
-
-    def wake(self) -> None:
-        """Something is over: whoever waits has to look."""
-        self._wake_receiver()
-        self._binding.unpark_all()
-
-    def _wake_receiver(self) -> None:
+            self.bind(messages[0].source)
+        count = len(messages)
+        self._received += count
+        self._received_bytes += count * length
+        queue = self._queue
+        queue.extend(messages)
+        if len(queue) >= self._bound:
+            self._limit()
         if self._sleeper is not None:
             trio.lowlevel.reschedule(self._sleeper)
             self._sleeper = None
 
-    async def _sleep(self) -> None:
-        """Until there may be something to receive; only for the one task that receives."""
+    def deliver_kept(self, arrival: Arrival) -> None:
+        """A message came whose buffer is kept."""
+        message = arrival.messages[0]
+        if arrival.kept == IN_PLACE:
+            self.deliver([_Occupied(arrival.head, arrival.length, message.source)], arrival.length)
+        else:
+            self._held.append(arrival.head)
+            self.deliver([message], arrival.length)
 
+    def give_up_held(self) -> None:
+        """It was not read for too long: what it holds is dropped."""
+        self._unread = True
+        if self._in_place:
+            # Each message that it keeps costs a buffer, so it keeps no more than one.
+            self._bound = 1
+            self._drop(len(self._queue) - 1, newest=True)
+        else:
+            for _ in range(len(self._held)):
+                self._queue.pop()
+            self._dropped += len(self._held)
+            self._bus.count_drops(unread=len(self._held))
+            self._bus.release([*self._held])
+            self._held.clear()
+        self._stop_holding_back()
+
+    def lose(self, failure: OpenAMPError) -> None:
+        """The bus goes on without this endpoint."""
+        self._failure = failure
+        self._over = True
+        # What was copied can still be received.
+        copied = [each for each in self._queue if not isinstance(each, _Occupied)]
+        self._bus.count_drops(stale=len(self._queue) - len(copied))
+        self._clear()
+        self._queue.extend(copied)
+
+    def revive(self) -> bool:
+        """The bus goes on over a new device. Returns whether this endpoint asked to go on too."""
+        if not self._rebind:
+            return False
+        self._bus.count_drops(stale=len(self._queue))
+        self._clear()
+        self._destination = self._given_destination
+        self._told = self._announces = self._withdrawn = self._unread = False
+        self._bound = self._queue_limit
+        return True
+
+    @property
+    def wants_announcing(self) -> bool:
+        """Whether it is to be announced when there is a peer."""
+        return self._wants_announcing
+
+    def report(self) -> EndpointReport:
+        """What a dump shows of it."""
+        return EndpointReport(
+            self.name, self.address, self.destination, self.when_full.value, self.statistics
+        )
+
+    def wake(self) -> None:
+        """Something is over: whoever waits has to look."""
+        if self._sleeper is not None:
+            trio.lowlevel.reschedule(self._sleeper)
+            self._sleeper = None
+        self._binding.unpark_all()
+
+    # Inside.
+
+    async def _wait_message(self) -> None:
+        """Until there is something to receive; only for the one task that receives."""
+        if self._receiving:
+            raise trio.BusyResourceError(f"{self!r}: another task receives here already")
+        self._receiving = True
+        generation = self._bus.generation
+        try:
+            if self._has_message():
+                return
+            while True:
+                await self._sleep()
+                if self._queue or self._has_message():
+                    return
+                self._bus.check_generation(generation)
+        finally:
+            self._receiving = False
+
+    async def _sleep(self) -> None:
         def abort(_: object) -> trio.lowlevel.Abort:
             self._sleeper = None
             return trio.lowlevel.Abort.SUCCEEDED
 
         self._sleeper = trio.lowlevel.current_task()
         await trio.lowlevel.wait_task_rescheduled(abort)
+        self._bus.begin_slice()
 
     def _has_message(self) -> bool:
         """Looks into the ring too. Raises when none can come any more."""
         if self._closed:
             raise trio.ClosedResourceError(f"{self!r} was closed")
-        if not self._queue and self._bus.failure is None:
+        if not self._queue and self._bus.failure is None and self._failure is None:
             self._bus.drain()
         if self._queue:
             return True
         if self._withdrawn:
             raise trio.EndOfChannel(f"{self!r}: the other side withdrew the channel")
-        if self._bus.failure is not None:
-            raise self._bus.broken(repr(self))
+        self.check_usable()
         return False
 
     def _take(self) -> Message:
-        was_full = self.is_full
         message = self._queue.popleft()
-        # Each message taken lets the peer send one, or two handlers that reply could both wait.
-        if was_full:
-            self._bus.took_message(self, self._held.popleft() if self._held else None)
+        if not self._careful:
+            return message  # type: ignore[return-value]  # only careful endpoints have others
+        self._was_read()
+        if isinstance(message, _Occupied):
+            with self._bus.open_held(message.head, message.length, message.source) as held:
+                return Message(bytes(held.view), message.source)
+        self._made_room()
         return message
+
+    def _hold(self) -> HeldMessage:
+        message = self._queue.popleft()
+        self._was_read()
+        if isinstance(message, _Occupied):
+            return self._bus.open_held(message.head, message.length, message.source)
+        # It came in several pieces, of which no one view can be made, so it is a copy.
+        return HeldMessage(memoryview(message.payload), message.source, None)
+
+    def _was_read(self) -> None:
+        self._taken += 1
+        self._unread = False
+        self._bound = self._queue_limit
+
+    def _made_room(self) -> None:
+        # Each message taken lets the peer send one, or two handlers that reply could both wait.
+        if self._held:
+            self._bus.release([self._held.popleft()])
+        if self._holds_back and not self._held and len(self._queue) <= self._queue_limit // 2:
+            self._stop_holding_back()
+
+    def _limit(self) -> None:
+        """Does what is to be done when there are as many messages as there may be."""
+        excess = len(self._queue) - self._bound
+        if self.when_full is not WhenFull.HOLD_BACK:
+            self._drop(excess, newest=self.when_full is WhenFull.DROP_NEWEST)
+        elif self._unread:
+            self._drop(excess, newest=True)
+        elif not self._holds_back:
+            self._holds_back = self._careful = True
+            self._bus.choose_buffers(self)
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether further messages have to stay in their buffers."""
+        return self._holds_back
+
+    def _stop_holding_back(self) -> None:
+        if self._holds_back:
+            self._holds_back = False
+            self._careful = self._in_place
+            self._bus.choose_buffers(self)
+
+    def _drop(self, count: int, *, newest: bool) -> None:
+        if count <= 0:
+            return
+        take = self._queue.pop if newest else self._queue.popleft
+        dropped = [take() for _ in range(count)]
+        self._dropped += count
+        self._bus.count_drops(**{"unread" if self._unread else "full": count})
+        self._bus.release([each.head for each in dropped if isinstance(each, _Occupied)])
+
+    def _clear(self) -> list[int]:
+        """Empties the queue. Returns the buffers that its messages occupied."""
+        heads = [*self._held]
+        heads += [each.head for each in self._queue if isinstance(each, _Occupied)]
+        self._queue.clear()
+        self._held.clear()
+        self._holds_back = False
+        self._careful = self._in_place
+        return heads
 
     def _check_payload(self, payload: Payload) -> bytes:
         data = payload if type(payload) is bytes else memoryview(payload).tobytes()
-        if len(data) > self._bus.payload_limit:
-            raise ValueError(
-                f"payload of {len(data)} bytes; the limit is {self._bus.payload_limit} bytes"
-            )
+        self._check_length(len(data))
         return data
+
+    def _check_payloads(self, payloads: Sequence[Payload]) -> list[bytes]:
+        if set(map(type, payloads)) <= {bytes}:
+            parts = [*payloads]
+            self._check_length(max(map(len, parts), default=0))
+            return parts  # type: ignore[return-value]  # they are all bytes
+        return [self._check_payload(payload) for payload in payloads]
+
+    def _check_length(self, length: int | None) -> None:
+        if length is not None and not 0 <= length <= self._bus.payload_limit:
+            raise ValueError(
+                f"payload of {length} bytes; the limit is {self._bus.payload_limit} bytes"
+            )
+
+    async def _wait_peer(self) -> int:
+        """As `wait_bound`, but a withdrawn channel is not waited for."""
+        generation = self._bus.generation
+        while not self.is_bound and not self._withdrawn:
+            self.check_usable()
+            self._bus.check_generation(generation)
+            await self._binding.park()
+        return self._peer()
 
     def _peer(self) -> int:
         self.check_usable()
@@ -330,9 +795,42 @@ class Endpoint:
             raise trio.BrokenResourceError(f"{self!r}: {why}") from PeerGoneError(why)
         return self._destination
 
-    async def _send(self, data: bytes, destination: int) -> None:
+    def _peer_nowait(self) -> int:
         self.check_usable()
-        if self._bus.send_nowait(self.address, destination, data):
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        else:
-            await self._bus.send_when_free(self, destination, data)
+        if not self.is_bound and not self._withdrawn:
+            raise trio.WouldBlock(f"{self!r}: no peer yet")
+        return self._peer()
+
+    def _send_now(self, data: bytes, source: int, destination: int) -> None:
+        self.check_usable()
+        if not self._bus.send_nowait(source, destination, data):
+            raise trio.WouldBlock(f"{self!r}: no buffer is free")
+        self._count_sent(1, len(data))
+
+    async def _send(
+        self, data: bytes, source: int, destination: int, *, counts: bool = True
+    ) -> None:
+        self.check_usable()
+        bus = self._bus
+        if not bus.send_nowait(source, destination, data):
+            self._waits += 1
+            await bus.wait_for_buffers(
+                self, lambda: bus.send_nowait(source, destination, data, has_turn=True)
+            )
+        if counts:
+            self._count_sent(1, len(data))
+
+    def _count_sent(self, count: int, length: int) -> None:
+        self._sent += count
+        self._sent_bytes += length
+
+    @contextmanager
+    def _sent_at_end(self, reservation: Reservation) -> Iterator[None]:
+        try:
+            yield
+            self.check_usable()
+            length = reservation.commit()
+            if length is not None:
+                self._count_sent(1, length)
+        finally:
+            reservation.discard()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from openamp_py.virtio.device import Handshake, VirtioDevice, Vring
-from openamp_py.virtio.message_ring import MessageRing, Received
+from openamp_py.virtio.message_ring import Arrival, Message, MessageRing
 from openamp_py.virtio.shared import SharedU8, SharedU32
-from openamp_py.virtio.virtqueue import Chain, Role, Span, Virtqueue
+from openamp_py.virtio.virtqueue import Chain, Role, Span, Virtqueue, VirtqueueState
 
 __all__ = [
+    "Arrival",
     "Chain",
     "Handshake",
+    "Message",
     "MessageRing",
-    "Received",
     "Role",
     "SharedU8",
     "SharedU32",
     "Span",
     "VirtioDevice",
     "Virtqueue",
+    "VirtqueueState",
     "Vring",
 ]

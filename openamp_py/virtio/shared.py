@@ -5,11 +5,33 @@ from __future__ import annotations
 from openamp_py.virtio._ring import ffi, lib
 
 
+class Pinned:
+    """The bytes of a view as C sees them; their memory stays as long as this is open.
+
+    Holds the object that the view is of, and not the view: a memoryview that the garbage
+    collector takes apart while C has its bytes crashes the interpreter.
+
+    Attributes:
+        pointer: to the first byte.
+    """
+
+    def __init__(self, view: memoryview) -> None:
+        self._owner = ffi.from_buffer("uint8_t[]", view.obj, True)
+        with ffi.from_buffer("uint8_t[]", view, True) as part:
+            offset = int(ffi.cast("uintptr_t", part)) - int(ffi.cast("uintptr_t", self._owner))
+        self.pointer = self._owner + offset
+
+    def close(self) -> None:
+        """Lets go of the memory. Idempotent."""
+        ffi.release(self._owner)
+
+
 class SharedU8:
     """One byte in shared memory."""
 
     def __init__(self, view: memoryview, offset: int) -> None:
-        self._word = ffi.from_buffer("uint8_t[1]", view[offset : offset + 1], True)
+        self._memory = Pinned(view[offset : offset + 1])
+        self._word = self._memory.pointer
 
     def load(self) -> int:
         """The value now; what its writer wrote before it is visible after this."""
@@ -21,16 +43,16 @@ class SharedU8:
 
     def close(self) -> None:
         """Lets go of the memory. Idempotent; using it afterwards is a TypeError."""
-        if self._word is not None:
-            ffi.release(self._word)
-            self._word = None  # which C is not given: it would touch memory that may be gone
+        self._memory.close()
+        self._word = None  # which C is not given: it would touch memory that may be gone
 
 
 class SharedU32:
     """A little-endian u32 in shared memory, at an address that is a multiple of four."""
 
     def __init__(self, view: memoryview, offset: int) -> None:
-        self._word = ffi.from_buffer("uint8_t[4]", view[offset : offset + 4], True)
+        self._memory = Pinned(view[offset : offset + 4])
+        self._word = self._memory.pointer
         if int(ffi.cast("uintptr_t", self._word)) % 4:
             raise ValueError(f"shared word at offset {offset:#x} is not at a multiple of 4")
 
@@ -44,6 +66,5 @@ class SharedU32:
 
     def close(self) -> None:
         """Lets go of the memory. Idempotent; using it afterwards is a TypeError."""
-        if self._word is not None:
-            ffi.release(self._word)
-            self._word = None  # which C is not given: it would touch memory that may be gone
+        self._memory.close()
+        self._word = None  # which C is not given: it would touch memory that may be gone

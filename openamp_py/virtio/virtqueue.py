@@ -10,6 +10,7 @@ from typing import Any
 from openamp_py.errors import VirtqueueError
 from openamp_py.memory import MemoryMap
 from openamp_py.virtio._ring import ffi, lib
+from openamp_py.virtio.shared import Pinned
 from openamp_py.vring import VringLayout
 
 
@@ -37,6 +38,35 @@ class Chain:
 
     head: int
     spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VirtqueueState:
+    """Where a virtqueue stands, seen from one end; indexes are free-running u16."""
+
+    name: str
+    role: str
+    """This side's end: "driver" or "device"."""
+    num: int
+    event_idx: bool
+    available_index: int | None
+    """The driver's index in shared memory; None once closed."""
+    used_index: int | None
+    """The device's index in shared memory; None once closed."""
+    next: int
+    """The index this side publishes next."""
+    published: int
+    """The index of this side that the other one can see."""
+    seen: int
+    """Entries of the other side's ring taken so far."""
+    outstanding: int
+    """Driver: chains that are out; device: chains taken and not put back."""
+    free: int | None
+    """Driver: free descriptors; None for a device."""
+    quiet: bool
+    """This side asked not to be kicked, or its wish has lapsed."""
+    fault: str | None
+    """What broke it."""
 
 
 # By VQ_FAULT_* of virtqueue.h; {0} is the value found, {1} the limit.
@@ -90,24 +120,25 @@ class Virtqueue:
         self.role = role
         self.name = name
         self._memory = memory
-        self._ring = ffi.from_buffer("uint8_t[]", ring, True)
-        address = int(ffi.cast("uintptr_t", self._ring))
+        pinned = Pinned(ring)
+        address = int(ffi.cast("uintptr_t", pinned.pointer))
         # A mapping is not aligned to more than a page.
         alignment = max(8, min(layout.align, 4096))
         if address % alignment:
-            ffi.release(self._ring)
+            pinned.close()
             raise ValueError(f"{name}: the vring's memory is not aligned to {alignment} bytes")
-        self._bases = [ffi.from_buffer("uint8_t[]", r.view, True) for r in memory.regions]
+        bases = [Pinned(region.view) for region in memory.regions]
+        self._pinned = (pinned, *bases)
         self._regions = ffi.new("struct vq_region[]", len(memory.regions))
         for i, region in enumerate(memory.regions):
-            self._regions[i] = (region.pa, region.size, self._bases[i])
+            self._regions[i] = (region.pa, region.size, bases[i].pointer)
         self._slots = ffi.new("struct vq_slot[]", layout.num)
         self._spans = ffi.new("struct vq_span[]", layout.num)
         self._number = ffi.new("uint32_t *")
         self._q = ffi.new("struct vq *")
-        self._q.ring = self._ring
-        self._q.available = ffi.cast("uint16_t *", self._ring + layout.available_offset)
-        self._q.used = ffi.cast("uint16_t *", self._ring + layout.used_offset)
+        self._q.ring = pinned.pointer
+        self._q.available = ffi.cast("uint16_t *", pinned.pointer + layout.available_offset)
+        self._q.used = ffi.cast("uint16_t *", pinned.pointer + layout.used_offset)
         self._q.slots = self._slots
         self._q.regions = self._regions
         self._q.region_count = len(memory.regions)
@@ -216,6 +247,11 @@ class Virtqueue:
         """Whether the other side's ring holds an entry not yet taken."""
         return bool(self.result(lib.vq_pending(self.handle)))
 
+    @property
+    def is_quiet(self) -> bool:
+        """Whether this side asked not to be kicked, or its wish has lapsed."""
+        return bool(self._q.quiet)
+
     def notify_off(self) -> None:
         """Asks the other side not to kick."""
         lib.vq_notify_off(self.handle)
@@ -227,19 +263,40 @@ class Virtqueue:
     def result(self, value: int) -> int:
         """Passes a C result through; raises for a broken queue."""
         if value == lib.VQ_BROKEN:
-            q = self._q
             raise VirtqueueError(
-                f"{self.name} is broken: the other side is at fault: "
-                + _FAULTS[q.fault].format(q.fault_value, q.fault_limit)
+                f"{self.name} is broken: the other side is at fault: {self._describe_fault()}"
             )
         return value
+
+    def snapshot(self) -> VirtqueueState:
+        """Where the queue stands, for a report; also of one that is broken or closed."""
+        q = self._q
+        return VirtqueueState(
+            name=self.name,
+            role=self.role.value,
+            num=self.layout.num,
+            event_idx=bool(q.event_idx),
+            available_index=None if self._closed else self.available_index,
+            used_index=None if self._closed else self.used_index,
+            next=q.next,
+            published=q.published,
+            seen=q.seen,
+            outstanding=q.outstanding,
+            free=q.free_count if self.role is Role.DRIVER else None,
+            quiet=bool(q.quiet),
+            fault=self._describe_fault() if q.fault else None,
+        )
+
+    def _describe_fault(self) -> str:
+        q = self._q
+        return _FAULTS[q.fault].format(q.fault_value, q.fault_limit)
 
     def close(self) -> None:
         """Lets go of the shared memory. Idempotent; nothing else may be called after it."""
         if not self._closed:
             self._closed = True
-            for base in (self._ring, *self._bases):
-                ffi.release(base)
+            for pinned in self._pinned:
+                pinned.close()
 
     def _span(self, span: Any) -> Span:
         view = self._memory.find_pa(span.pa, span.length)

@@ -16,7 +16,7 @@
 void count_messages(struct message_ring *sender, struct message_ring *receiver, uint32_t batch, uint32_t total);
 
 static struct message_record records[MAX_BATCH];
-static uint8_t data[MAX_BATCH * (BUFFER_SIZE - MESSAGE_HEADER)];
+static uint8_t data[MAX_BATCH * (BUFFER_SIZE - MESSAGE_HEADER + MESSAGE_SOURCE)];
 static uint8_t payload[MAX_BATCH * LENGTH];
 static uint32_t lengths[MAX_BATCH];
 
@@ -24,10 +24,10 @@ __attribute__((noinline)) void count_messages(struct message_ring *sender, struc
                                               uint32_t batch, uint32_t total)
 {
     for (uint32_t done = 0; done < total; done += batch) {
-        int32_t sent = batch == 1 ? message_ring_send(sender, 1024, 1025, payload, LENGTH, 0) + 1
+        int32_t sent = batch == 1 ? message_ring_send(sender, 1024, 1025, payload, LENGTH) + 1
                                   : message_ring_send_many(sender, 1024, 1025, payload, lengths, batch);
         /* One message in 1 + (0 or 1 for the kick), which is also what was asked for. */
-        int32_t received = message_ring_receive(receiver, records, data, MAX_BATCH, 1);
+        int32_t received = message_ring_receive(receiver, records, data, MAX_BATCH, MESSAGE_GIVE_BACK);
         if (sent <= 0 || (uint32_t)(received & 0xFFFF) != batch) {
             fprintf(stderr, "sent %d, received %d\n", sent, received);
             exit(1);

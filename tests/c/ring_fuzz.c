@@ -6,10 +6,12 @@
  *
  * Arguments: first seed, rounds. Prints how many rounds ended broken, and how often each fault.
  */
+#include "polling.h"
 #include "ring_link.h"
 
 #define MAX_NUM 16u
 #define MAX_BATCH 8u
+#define MAX_KEEP 5u
 #define STEPS 200u
 #define STEPS_WHEN_BROKEN 5u
 #define FAULTS 9
@@ -136,35 +138,179 @@ static int32_t work_queue(const struct link *l, struct vq *q, struct vq_span *sp
     }
 }
 
-/* One call on the message ring. */
-static int32_t work_ring(struct message_ring *ring, struct message_record *records, uint8_t *data, uint8_t *payload)
+/* A place that the ring names: all of its bytes are in the pool. */
+static uint8_t *find_place(const struct link *l, const struct message_ring *ring, uint32_t head, uint32_t length)
+{
+    check(head < l->num, "head", head);
+    uint64_t offset = ring->places[head] - POOL_PA, size = (uint64_t)l->num * l->buffer_size;
+    check(offset <= size && length <= size - offset, "place", (long long)ring->places[head]);
+    return l->pool + offset;
+}
+
+/* What the list says about a destination, found the slow way. */
+static uint32_t wanted_keep(const struct message_ring *ring, uint32_t dst)
+{
+    uint32_t kept = MESSAGE_RETURNED;
+    for (uint32_t i = 0; i < ring->keep_count; i++)
+        kept = ring->keep[i].dst == dst ? ring->keep[i].kept : kept;
+    return kept;
+}
+
+/* A new list of destinations whose buffers are kept, of exactly its size. */
+static void choose_keep(struct message_ring *ring)
+{
+    struct message_keep *keep;
+    uint32_t count = random_below(MAX_KEEP + 1u), dst = random_below(2);
+    free((void *)(uintptr_t)ring->keep);
+    ring->keep = keep = allocate(count * sizeof *keep);
+    ring->keep_count = count;
+    for (uint32_t i = 0; i < count; i++) {
+        keep[i] = (struct message_keep){.dst = dst, .kept = random_below(2) ? MESSAGE_KEPT : MESSAGE_IN_PLACE};
+        dst += 1u + random_below(2);
+    }
+}
+
+/* For what says nothing of a broken queue. */
+static int32_t or_broken(const struct message_ring *ring, int32_t result)
+{
+    return ring->queue->fault ? VQ_BROKEN : result;
+}
+
+static int32_t look_at_ring(struct message_ring *ring)
+{
+    int32_t result;
+    if (random_below(2)) {
+        result = poll_rings(ring, random_below(2) ? ring : NULL, 100u * random_below(2));
+        check(ring->queue->quiet, "not quiet after polling", result);
+    } else {
+        result = message_ring_has_buffer(ring);
+        check(result || !ring->queue->fault, "a broken queue counts as a buffer", result);
+    }
+    check(result == 0 || result == 1, "look", result);
+    return or_broken(ring, result);
+}
+
+/* One call with which a message is built in its buffer, or not. */
+static int32_t build_in_place(const struct link *l, struct message_ring *ring, uint32_t limit)
+{
+    uint32_t capacity = 0;
+    uint16_t head = (uint16_t)random_below(l->num + 1u);
+    int32_t result;
+    switch (random_below(4)) {
+    case 0:
+        result = message_ring_cancel(ring, head);
+        check(result == 0 || result == VQ_EMPTY, "cancel", result);
+        return or_broken(ring, result);
+    case 1:
+        result = message_ring_commit(ring, head, random_below(4), random_below(8), random_below(limit + 2u));
+        check(result <= 1, "commit", result);
+        return result;
+    default:
+        result = message_ring_reserve(ring, &capacity);
+        if (result >= 0) {
+            check(capacity <= limit, "capacity", capacity);
+            memset(find_place(l, ring, (uint32_t)result, capacity), 0xA5, capacity);
+        }
+        return result;
+    }
+}
+
+static int32_t send_something(const struct link *l, struct message_ring *ring, const uint8_t *payload)
 {
     uint32_t limit = ring->buffer_size - MESSAGE_HEADER;
-    if (ring->sender) {
-        uint32_t lengths[3] = {random_below(limit + 2u), random_below(limit), random_below(limit)};
-        if (random_below(3) == 0)
-            return message_ring_want_buffer(ring);
-        if (random_below(2))
-            return message_ring_send(ring, 1, 2, payload, lengths[0], (int32_t)random_below(2));
-        return message_ring_send_many(ring, 1, 2, payload, lengths, 3);
+    uint32_t lengths[3] = {random_below(limit + 2u), random_below(limit), random_below(limit)};
+    uint32_t dst = random_below(8);
+    int32_t result;
+    switch (random_below(8)) {
+    case 0:
+        return message_ring_want_buffer(ring);
+    case 1:
+        return look_at_ring(ring);
+    case 2:
+    case 3:
+        result = message_ring_send(ring, 1, dst, payload, lengths[0]);
+        check(result <= 1, "send", result);
+        return result;
+    case 4:
+    case 5:
+        result = message_ring_send_many(ring, 1, dst, payload, lengths, 3);
+        check(result < 0 || ((result & 0xFFFF) <= 3 && (result & ~(0xFFFF | MESSAGE_KICK)) == 0), "send_many", result);
+        check(result != 0 && result != MESSAGE_KICK, "nothing sent and no reason", result);
+        return result;
+    default:
+        return build_in_place(l, ring, limit);
     }
-    if (random_below(3) == 0) {
+}
+
+/* What message_ring_receive said of one message. */
+static void check_record(const struct link *l, const struct message_ring *ring, const struct message_record *record,
+                         const uint8_t *data, uint32_t room, int32_t how)
+{
+    const struct vq *q = ring->queue;
+    uint32_t wanted = how & MESSAGE_GIVE_BACK ? wanted_keep(ring, record->dst) : MESSAGE_KEPT;
+    check(record->length <= ring->buffer_size - MESSAGE_HEADER, "length", record->length);
+    check(record->head < q->num, "head", record->head);
+    check(record->src != MESSAGE_ANY, "source", record->src);
+    if (record->kept != wanted) /* in parts: not in place */
+        check(wanted == MESSAGE_IN_PLACE && record->kept == MESSAGE_RETURNED && !q->driver, "kept", record->kept);
+    if (record->kept) {
+        const uint16_t held = q->driver ? VQ_SLOT_HELD : VQ_SLOT_OUT;
+        check(q->slots[record->head].state == held, "kept, and not held", record->head);
+    }
+    if (record->kept == MESSAGE_IN_PLACE) {
+        const uint8_t *place = find_place(l, ring, record->head, record->length);
+        volatile uint8_t sum = 0; /* a sanitizer looks at each byte */
+        for (uint32_t at = 0; at < record->length; at++)
+            sum = (uint8_t)(sum + place[at]);
+    } else {
+        check(record->offset + record->length + (uint32_t)MESSAGE_SOURCE <= room, "offset", record->offset);
+        check(memcmp(data + record->offset + record->length, &record->src, MESSAGE_SOURCE) == 0, "source differs",
+              record->src);
+    }
+}
+
+static int32_t receive_something(const struct link *l, struct message_ring *ring, struct message_record *records,
+                                 uint8_t *data)
+{
+    uint32_t room = ring->buffer_size - MESSAGE_HEADER + MESSAGE_SOURCE, max = 1u + random_below(MAX_BATCH);
+    int32_t how = (int32_t)random_below(4), result, alike = 1;
+    if (random_below(16) == 0)
+        choose_keep(ring);
+    switch (random_below(8)) {
+    case 0:
+        return look_at_ring(ring);
+    case 1:
+    case 2: {
         uint16_t heads[3];
         for (uint32_t i = 0; i < 3; i++)
             heads[i] = (uint16_t)random_below(ring->queue->num + 1u);
-        return message_ring_release(ring, heads, 1u + random_below(3));
-    }
-    uint32_t max = 1u + random_below(MAX_BATCH);
-    int32_t result = message_ring_receive(ring, records, data, max, (int32_t)random_below(2));
-    if (result < 0)
+        result = message_ring_release(ring, heads, 1u + random_below(3));
+        check(result <= 0 || result == MESSAGE_KICK, "release", result);
         return result;
-    check((uint32_t)(result & 0xFFFF) <= max, "received", result);
-    for (uint32_t i = 0; i < (uint32_t)(result & 0xFFFF); i++) {
-        check(records[i].length <= limit, "length", records[i].length);
-        check(records[i].offset + records[i].length <= max * limit, "offset", records[i].offset);
-        check(records[i].head < ring->queue->num, "head", records[i].head);
     }
+    default:
+        result = message_ring_receive(ring, records, data, max, how);
+    }
+    if (result < 0) {
+        check(result == VQ_BROKEN, "receive", result);
+        return result;
+    }
+    const uint32_t count = (uint32_t)result & 0xFFFFu;
+    check(count <= max, "received", result);
+    check((result & ~(0xFFFF | MESSAGE_KICK | MESSAGE_MORE | MESSAGE_ALIKE)) == 0, "bits", result);
+    for (uint32_t i = 0; i < count; i++) {
+        check_record(l, ring, &records[i], data, max * room, how);
+        alike &= !records[i].kept && records[i].dst == records[0].dst && records[i].length == records[0].length;
+    }
+    check(count == 0 || alike == ((result & MESSAGE_ALIKE) != 0), "alike", result);
     return result;
+}
+
+/* One call on the message ring. */
+static int32_t work_ring(const struct link *l, struct message_ring *ring, struct message_record *records, uint8_t *data,
+                         const uint8_t *payload)
+{
+    return ring->sender ? send_something(l, ring, payload) : receive_something(l, ring, records, data);
 }
 
 static int play(uint64_t seed, uint32_t *faults)
@@ -179,21 +325,23 @@ static int play(uint64_t seed, uint32_t *faults)
     struct vq *q = &victim->queue;
     /* Of exactly the size that the calls may touch. */
     struct message_record *records = allocate(MAX_BATCH * sizeof *records);
-    uint8_t *data = allocate(MAX_BATCH * (size_t)(size - MESSAGE_HEADER));
+    uint8_t *data = allocate(MAX_BATCH * (size_t)(size - MESSAGE_HEADER + MESSAGE_SOURCE));
     uint8_t *payload = allocate(3u * (size_t)size);
     struct vq_span *spans = allocate(num * sizeof *spans);
     for (uint32_t step = 0, broken = 0; step < STEPS && broken < STEPS_WHEN_BROKEN; step++) {
         broken += q->fault != 0;
         for (uint32_t times = random_below(3); times; times--)
-            (void)(raw ? work_queue(&l, &peer->queue, spans) : work_ring(&peer->ring, records, data, payload));
+            (void)(raw ? work_queue(&l, &peer->queue, spans) : work_ring(&l, &peer->ring, records, data, payload));
         if (q->driver == 0 && random_below(8) == 0)
             offer_chain(&l);
         if (random_below(12) == 0)
             scribble(&l);
-        if (!q->fault && random_below(100) == 0)
+        if (!q->fault && random_below(100) == 0) {
             (void)vq_attach(q, (uint16_t)(vq_used_index(q) - (random_below(4) ? 0 : random_below(3))));
+            victim->ring.spare_count = 0; /* as of a ring that is made anew */
+        }
         int was_broken = q->fault != 0;
-        int32_t result = raw ? work_queue(&l, q, spans) : work_ring(&victim->ring, records, data, payload);
+        int32_t result = raw ? work_queue(&l, q, spans) : work_ring(&l, &victim->ring, records, data, payload);
         check(result >= VQ_SMALL, "result", result);
         check(!was_broken || result == VQ_BROKEN || result == VQ_SMALL, "no longer broken", result);
         check((result == VQ_BROKEN) == (q->fault != 0) || result == VQ_SMALL, "broken without a fault", result);
@@ -206,6 +354,8 @@ static int play(uint64_t seed, uint32_t *faults)
     free(data);
     free(payload);
     free(spans);
+    free((void *)(uintptr_t)l.driver.ring.keep);
+    free((void *)(uintptr_t)l.device.ring.keep);
     close_link(&l);
     return fault != 0;
 }

@@ -62,6 +62,9 @@ static inline void open_end(struct link *l, struct end *end, int driver, int sen
     end->ring = (struct message_ring){
         .queue = &end->queue,
         .spans = allocate(l->num * sizeof(struct vq_span)),
+        .places = allocate(l->num * sizeof(uint64_t)),
+        .spares = allocate(l->num * sizeof(uint16_t)),
+        .scratch = allocate(l->buffer_size),
         .pool_pa = driver ? POOL_PA : 0,
         .pool = driver ? l->pool : NULL,
         .buffer_size = l->buffer_size,
@@ -86,12 +89,19 @@ static inline void open_link(struct link *l, uint32_t num, uint32_t buffer_size,
     open_end(l, &l->device, 0, !driver_sends, event_idx);
 }
 
+static inline void close_end(struct end *end)
+{
+    free(end->queue.slots);
+    free(end->ring.spans);
+    free(end->ring.places);
+    free(end->ring.spares);
+    free(end->ring.scratch);
+}
+
 static inline void close_link(struct link *l)
 {
-    free(l->driver.queue.slots);
-    free(l->driver.ring.spans);
-    free(l->device.queue.slots);
-    free(l->device.ring.spans);
+    close_end(&l->driver);
+    close_end(&l->device);
     free(l->ring);
     free(l->pool);
 }

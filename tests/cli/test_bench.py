@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -12,30 +13,58 @@ QUICK = ("--seconds", "0.002", "--repeat", "2")
 
 
 def test_json_has_a_row_for_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", *QUICK, "--json"]) == 0
+    options = ["--case", "flood", "--endpoints", "1", "--endpoints", "2"]
+    assert main(["bench", *QUICK, *options, "--json"]) == 0
     captured = capsys.readouterr()
     assert captured.err == "", "progress is for terminals"
     result = json.loads(captured.out)
     assert (result["seconds"], result["repeat"]) == (0.002, 2)
-    rows = {(row["core"], row["size"], row["case"]): row for row in result["rows"]}
-    assert len(rows) == len(result["rows"]) == 3 * 2 * 2
+    assert result["cpus"] == len(os.sched_getaffinity(0))
+    rows = {
+        (row["core"], row["case"], row["size"], row["endpoints"]): row for row in result["rows"]
+    }
+    assert len(rows) == len(result["rows"]) == 2 * 2
     for row in rows.values():
         assert row["ratio"] > 0
-        for figures in (row["python"], row["c"]):
+        assert isinstance(row["met"], bool)
+        assert row["target"][:2] == ("<=" if row["ratio_is"] == "time" else ">=")
+        for contender in ("python", "event", "polling"):
             for unit in ("per_second", "us"):
-                values = figures[unit]
+                values = row[contender][unit]
                 assert 0 < values["min"] <= values["median"] <= values["max"]
+    assert rows["process", "flood", 16, 1]["ratio_of"] == "(b)"
+    assert rows["process", "flood", 496, 1]["ratio_of"] == "16 B"
+    assert rows["process", "flood", 16, 2]["ratio_of"] == "1 ep"
 
 
 def test_the_table_has_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--core", "loopback", "--core", "native", "--size", "32", "--case", "flood"]
+    options = ["--core", "loopback", "--core", "native", "--size", "32", "--case", "echo"]
     assert main(["bench", *QUICK, *options]) == 0
-    title, *rows = capsys.readouterr().out.splitlines()[:3]
-    assert title.split()[:3] == ["core", "bytes", "case"]
-    assert [row.split()[:3] for row in rows] == [
-        ["loopback", "32", "flood"],
-        ["native", "32", "flood"],
+    title, *rows, legend = capsys.readouterr().out.splitlines()[:4]
+    assert legend.startswith("Medians of 2; ")
+    assert title.split()[:4] == ["core", "case", "bytes", "ep"]
+    assert [row.split()[:4] for row in rows] == [
+        ["loopback", "echo", "32", "1"],
+        ["native", "echo", "32", "1"],
     ]
+    assert [row.split()[7] for row in rows] == ["-", "-"], "there is no (b)"
+
+
+def test_a_soak(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--case", "soak", "--messages", "1000"]) == 0
+    _, row, summary = capsys.readouterr().out.splitlines()
+    assert row.split()[-3:-1] == ["flat", "memory"]
+    assert row.split()[-1] in ("met", "missed")
+    assert summary.startswith("1,000 messages, none lost or out of order; host ")
+
+
+def test_a_soak_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--case", "soak", "--messages", "1000", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["ratio"] is row["ratio_of"] is row["event"] is row["polling"] is None
+    soak = row["soak"]
+    assert (soak["messages"], soak["lost"], soak["out_of_order"]) == (1000, 0, 0)
+    assert all(size > 1 << 20 for side in ("host", "core") for size in soak[f"{side}_bytes"])
 
 
 @pytest.mark.parametrize("size", ["4", "497"])
@@ -48,7 +77,24 @@ def test_an_impossible_size_is_a_mistake_of_usage(
     )
 
 
-@pytest.mark.parametrize("options", [["--case", "x"], ["--core", "x"], ["--repeat", "0"]])
+def test_a_case_that_the_core_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--core", "loopback", "--case", "soak"]) == 2
+    assert capsys.readouterr().err == (
+        "openamp bench: core loopback has no case soak; there are ping, echo\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--case", "x"],
+        ["--core", "x"],
+        ["--repeat", "0"],
+        ["--endpoints", "0"],
+        ["--messages", "0"],
+        ["--seconds", "-1"],
+    ],
+)
 def test_bad_options(capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["bench", *options])

@@ -57,6 +57,15 @@ def test_ping_json_is_one_object(core: str) -> None:
     assert result["boot_ms"] > 0
 
 
+def test_ping_dumps_rings_and_endpoints() -> None:
+    text = _run("ping", "--core", "loopback", "--dump").stdout
+    assert "bus on vdev0 (driver)" in text and "vdev0 vring 1, role driver, num 256" in text
+    assert "rpmsg-openamp-demo-channel, hold back: sent 6, " in text
+    dump = json.loads(_run("ping", "--core", "loopback", "--dump", "--json").stdout)["dump"]
+    assert [ring["name"] for ring in dump["rings"]] == ["vdev0 vring 1", "vdev0 vring 0"]
+    assert dump["endpoints"][0]["statistics"]["sent"] == 6
+
+
 def test_ping_boots_the_firmware_it_is_given() -> None:
     done = _run("ping", str(shipped_echo()), "--count", "1", "--json")
     assert json.loads(done.stdout)["firmware"] == str(shipped_echo())

@@ -40,7 +40,7 @@ class FakePlatform:
     """A platform whose core runs until the test ends it."""
 
     name = "fake"
-    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+    buffer_area: tuple[int, int] | None = demo.buffer_area()
 
     def __init__(self) -> None:
         self._shared = SharedMemory.create("openamp-fake", demo.MEMORY_SIZE)
@@ -68,7 +68,7 @@ class FakeCore:
     """One life of it."""
 
     name = "fake core"
-    buffer_area: tuple[int, int] | None = demo.BUFFER_AREA
+    buffer_area: tuple[int, int] | None = demo.buffer_area()
     table_da = demo.TABLE_DA
     handshake = Handshake.FULL
 

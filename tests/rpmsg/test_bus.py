@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import trio
@@ -14,12 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import openamp_py
-from openamp_py import ADDRESS_ANY, Bus, Endpoint, Link, PeerGoneError, Role, VirtqueueError
+from openamp_py import (
+    ADDRESS_ANY,
+    Bus,
+    BusOptions,
+    Endpoint,
+    Link,
+    PeerGoneError,
+    Role,
+    VirtqueueError,
+)
 from openamp_py.constants import NAME_SERVICE_ADDRESS, RPMSG_F_NS, VIRTIO_RING_F_EVENT_IDX
 from openamp_py.platforms.demo import TABLE, python_firmware
 from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
 from openamp_py.rpmsg.wire import Announcement, Channel, encode_announcement
-from openamp_py.virtio import MessageRing
+from openamp_py.virtio import Message, MessageRing
 
 NAME = "test-service"
 
@@ -589,7 +598,7 @@ async def test_a_second_receiver_is_refused_also_while_the_first_is_being_woken(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(receive)
                 await _settle()
-                host.deliver(b"first", remote.address, None)
+                host.deliver([Message(b"first", remote.address)], len(b"first"))
                 assert host.receive_nowait().payload == b"first"
                 with pytest.raises(trio.BusyResourceError):
                     await host.receive()
@@ -646,7 +655,7 @@ async def test_a_buffer_that_is_too_small_is_the_peers_fault(open_pair: Any) -> 
     async with openamp_py.open_processor(openamp_py.LoopbackPlatform(application)) as processor:
         await processor.boot(python_firmware())
         device = processor.rpmsg_device()
-        async with openamp_py.open_bus(device, receive_buffer_size=64):
+        async with openamp_py.open_bus(device, BusOptions(receive_buffer_size=64)):
             error = await receive.receive()
     assert isinstance(error, openamp_py.PeerError)
     assert "too small for 49 bytes" in str(error)
@@ -664,6 +673,15 @@ async def test_what_a_device_accepted_cannot_be_taken_back(open_pair: Any) -> No
 # A hostile remote
 
 
+class Received(NamedTuple):
+    """One message that the host sent."""
+
+    source: int
+    destination: int
+    head: int
+    payload: bytes
+
+
 class _RawRemote:
     """The device's end of the rings, to send any bytes."""
 
@@ -677,11 +695,19 @@ class _RawRemote:
             raise AssertionError("the host's buffers are all out")
         self._kick(0)
 
-    def received(self) -> list[Any]:
-        return self._receiving.receive()[0]
+    def received(self) -> list[Received]:
+        return self._receive(give_back=True)
 
-    def hold(self) -> list[Any]:
-        return self._receiving.receive(give_back=False)[0]
+    def hold(self) -> list[Received]:
+        return self._receive(give_back=False)
+
+    def _receive(self, *, give_back: bool) -> list[Received]:
+        arrivals, _, _ = self._receiving.receive(give_back=give_back)
+        return [
+            Received(message.source, arrival.destination, arrival.head, message.payload)
+            for arrival in arrivals
+            for message in arrival.messages
+        ]
 
     def release(self, heads: list[int]) -> None:
         self._receiving.release(heads)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 PROGRAMS = ROOT / "tests" / "c"
-SOURCES = ("virtqueue.c", "message_ring.c")
+SOURCES = ("virtqueue.c", "message_ring.c", "polling.c")
 
 # A program that lost a wake-up hangs; none here takes more than a few seconds.
 TIMEOUT = 100
@@ -24,8 +24,10 @@ MEMORY = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omi
 # order between plain accesses: they are for a store before a load, and both are atomic.
 THREAD = ("-fsanitize=thread", "-Wno-tsan")
 
-INSTRUCTIONS = 500
-"""Most that one message one way may take (the OpenAMP C library: 918)."""
+INSTRUCTIONS = {(1, 0): 400, (1, 1): 450, (16, 0): 200, (16, 1): 200}
+"""Most that one message one way may take, by messages in a batch and EVENT_IDX (the OpenAMP C
+library: 918). One at a time, EVENT_IDX pays for re-arming the event after each message: its wish
+is for one entry and lapses, a flag stays."""
 
 Build = Callable[..., Path]
 
@@ -172,4 +174,4 @@ def test_instructions_of_a_message(
     assert collected is not None, done.stderr
     each = int(collected[1]) / total
     print(f"\n{sender} sends, batches of {batch}, event_idx {event_idx}: {each:.0f} instructions")
-    assert 50 < each <= INSTRUCTIONS
+    assert 50 < each <= INSTRUCTIONS[batch, event_idx]

@@ -209,24 +209,16 @@ def test_a_receiving_device_decodes_what_waits(name: str) -> None:
         queue = snap.queue(1, Role.DEVICE)
         ring = MessageRing(queue, sender=False, buffer_size=BUFFER_SIZE)
         heads, start = snap.outstanding(1), queue.used_index
-        messages = []
-        more = True
-        while more:
-            some, _, more = ring.receive()
-            messages += some
-        assert [head for _, _, head, _ in messages] == heads
-        assert ring.bad_length == 0
+        messages = _receive_all(ring)
+        assert len(messages) == len(heads) == ring.messages
+        assert ring.bad_length == ring.bad_source == 0
         waiting = {
-            message["head"]: (
-                message["src"],
-                message["dst"],
-                message["head"],
-                bytes.fromhex(message["payload"]),
-            )
+            message["head"]: (message["src"], message["dst"], bytes.fromhex(message["payload"]))
             for message in snap.vrings[1]["messages"]
             if message["state"].startswith("available")
         }
-        assert all(message == waiting.get(message[2], message) for message in messages)
+        for head, found in zip(heads, messages, strict=True):
+            assert found == waiting.get(head, found)
         assert set(waiting) <= set(heads)
         end, used = snap.used(1)
         assert end == snap.available(1)[0]
@@ -249,6 +241,16 @@ def test_a_sending_device_goes_on_where_the_last_one_stopped(name: str) -> None:
         ring.close()
 
 
+def _receive_all(ring: MessageRing) -> list[tuple[int, int, bytes]]:
+    """Everything there is: source, destination, payload."""
+    found = []
+    more = True
+    while more:
+        arrivals, _, more = ring.receive()
+        found += [(m.source, a.destination, m.payload) for a in arrivals for m in a.messages]
+    return found
+
+
 def _sends(ring: MessageRing) -> Iterator[int]:
     for i in itertools.count():
         yield ring.send(1024, 1025, i.to_bytes(2, "little"))
@@ -257,11 +259,7 @@ def _sends(ring: MessageRing) -> Iterator[int]:
 def test_the_flood_is_complete_and_in_order() -> None:
     with snapshot("flood_device_stalled") as snap:
         ring = MessageRing(snap.queue(1, Role.DEVICE), sender=False, buffer_size=BUFFER_SIZE)
-        payloads = []
-        more = True
-        while more:
-            messages, _, more = ring.receive()
-            payloads += [payload for *_, payload in messages]
+        payloads = [payload for *_, payload in _receive_all(ring)]
         assert payloads == [struct.pack("<QQ", i, 1) + b"\xa5" for i in range(65499, 65755)]
         ring.close()
     with snapshot("flood_driver_stalled") as snap:

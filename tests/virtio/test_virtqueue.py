@@ -6,6 +6,8 @@ import contextlib
 import itertools
 import random
 import struct
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -499,7 +501,7 @@ def test_each_end_writes_its_wish_where_it_belongs(event_idx: bool) -> None:
         w.driver.notify_off()
         w.device.notify_off()
         places = (
-            [(w.used_event, 0xFFFF), (w.avail_event, 0xFFFF)]
+            [(w.used_event, 0x8000), (w.avail_event, 0x8000)]
             if event_idx
             else [(w.available, 1), (w.used, 1)]
         )
@@ -978,3 +980,30 @@ def test_closed_is_not_usable() -> None:
             for operation in [*operations(queue), queue.start, queue.attach, queue.notify_off]:
                 with pytest.raises(ValueError, match="closed"):
                     operation()
+
+
+def test_one_that_only_a_cycle_kept_is_collected_without_harm() -> None:
+    """The collector may take memory and its users apart in any order."""
+    program = """
+import gc
+from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.virtio import MessageRing, Role, SharedU8, SharedU32, Virtqueue
+from openamp_py.vring import VringLayout
+
+def leak():
+    memory = MemoryMap([SharedMemory.create("leak", 1 << 20).region("r", 0)])
+    view, layout = memory.regions[0].view, VringLayout(16, 4096)
+    cycle = [memory, view, SharedU8(view, 0), SharedU32(view, 4)]
+    for at, sender in ((0x10000, True), (0x20000, False)):
+        queue = Virtqueue(layout, view[at : at + layout.size], memory, Role.DRIVER)
+        pool = (0x40000, view[0x40000:0x50000])
+        cycle += [queue, MessageRing(queue, sender=sender, buffer_size=64, pool=pool)]
+    cycle.append(cycle)
+
+leak()
+gc.collect()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -120,9 +120,9 @@ def test_an_echo_without_a_buffer_asks_for_one_and_loses_nothing(ends: Ends) -> 
         _, kick, _ = ends.host[1].receive()
         assert kick
         remote.echo()
-    received = [m for _ in range(5) for m in ends.host[1].receive()[0]]
-    assert received[-1][:2] == (ECHO, HOST)
-    assert received[-1][3] == b"payload"
+    arrivals = [arrival for _ in range(5) for arrival in ends.host[1].receive()[0]]
+    assert arrivals[-1].destination == HOST
+    assert arrivals[-1].messages[-1] == (b"payload", ECHO)
 
 
 @pytest.mark.parametrize("size", [7, 497])
@@ -190,3 +190,106 @@ def test_closed_rings_are_not_touched(ends: Ends) -> None:
     ends.remote[1].close()
     with pytest.raises(ValueError, match="is closed"):
         _measure(yardstick)
+
+
+# Floods, and an end that polls
+
+SINK = 1026
+
+
+def _flood(yardstick: Yardstick, batch: int = 64, size: int = 16, sources: int = 1) -> float:
+    return yardstick.flood(
+        size=size,
+        batch=batch,
+        seconds=0.002,
+        source=HOST,
+        sources=sources,
+        destination=SINK,
+    )
+
+
+@pytest.mark.parametrize("sources", [1, 3])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_a_flood_in_one_thread(ends: Ends, batch: int, sources: int) -> None:
+    yardstick = Yardstick(*ends.host, peer=Yardstick(*ends.remote, sink=SINK))
+    assert _flood(yardstick, batch, 496, sources) > 0
+    assert _flood(yardstick, batch, 8, sources) > 0, "nothing of the first run is left"
+    assert _measure(yardstick) > 0, "all else still returns"
+
+
+@pytest.mark.parametrize("sources", [2, 1000])
+def test_several_sources(ends: Ends, sources: int) -> None:
+    yardstick = Yardstick(*ends.host, peer=Yardstick(*ends.remote))
+    assert (
+        yardstick.measure(
+            size=16, in_flight=None, seconds=0.002, source=HOST, sources=sources, destination=ECHO
+        )
+        > 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("host_polls", "remote_polls"), [(False, False), (False, True), (True, False), (True, True)]
+)
+def test_ends_that_poll_and_ends_that_sleep(
+    ends: Ends, host_polls: bool, remote_polls: bool
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        remote = Yardstick(*ends.remote, doorbell=theirs.fileno(), polling=remote_polls, sink=SINK)
+        thread = threading.Thread(target=remote.echo)
+        thread.start()
+        try:
+            yardstick = Yardstick(*ends.host, doorbell=ours.fileno(), polling=host_polls)
+            for _ in range(2):
+                assert _measure(yardstick) > 0
+                assert _measure(yardstick, in_flight=None) > 0
+                assert _flood(yardstick) > 0
+        finally:
+            ours.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "first", [struct.pack("<Q", 1), struct.pack("<I", 0), b""], ids=["number", "short", "empty"]
+)
+def test_a_sink_tells_of_another_order(ends: Ends, first: bytes) -> None:
+    yardstick = Yardstick(*ends.host, peer=Yardstick(*ends.remote, sink=SINK))
+    ends.host[0].send(HOST, SINK, first)
+    with pytest.raises(PeerError, match=r"lost or came out of order \(\d+ messages sent, some out"):
+        _flood(yardstick)
+    assert _flood(yardstick) > 0, "the next flood is counted anew"
+
+
+def test_a_count_that_is_not_right(ends: Ends) -> None:
+    ends.remote[0].send(ECHO, NAME_SERVICE_ADDRESS, b"an announcement")
+    yardstick = Yardstick(*ends.host, peer=Yardstick(*ends.remote, sink=SINK))
+    assert _flood(yardstick) > 0, "what is for others is passed over"
+    ends.remote[0].send(SINK, HOST, struct.pack("<Q", 5))
+    with pytest.raises(PeerError, match=r"lost or came out of order \(\d+ messages sent, 5 count"):
+        _flood(yardstick)
+
+
+def test_a_flood_that_nobody_receives(ends: Ends) -> None:
+    other = _create_ends(4)
+    with pytest.raises(PeerError, match=r"does not answer \(\d+ messages sent, 0 counted\)"):
+        _flood(Yardstick(*ends.host, peer=Yardstick(*other.remote)))
+    other.close()
+
+
+@pytest.mark.parametrize("size", [7, 497])
+def test_floods_that_are_not_possible(ends: Ends, size: int) -> None:
+    with pytest.raises(ValueError, match=f"messages of {size} bytes; 8 to 496 are possible"):
+        _flood(Yardstick(*ends.host, peer=Yardstick(*ends.remote)), size=size)
+
+
+def test_a_peer_that_leaves_while_this_end_polls(ends: Ends) -> None:
+    ours, theirs = socket.socketpair()
+    with ours:
+        theirs.close()
+        yardstick = Yardstick(*ends.host, doorbell=ours.fileno(), polling=True)
+        with pytest.raises(PeerGoneError, match=r"\(1 messages sent, 0 came"):
+            _measure(yardstick)
+        with pytest.raises(PeerGoneError, match=r"messages sent, 0 counted"):
+            _flood(yardstick)
+        Yardstick(*ends.remote, doorbell=ours.fileno(), polling=True).echo()
