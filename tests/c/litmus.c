@@ -58,7 +58,8 @@ TWO_THREADS(no_kick, SET(x, RELAXED), (sleep_until_kicked(), results[1] = LOAD(x
 TWO_THREADS(plain, (plain_store(x, 1), SET(y, RELEASE)), READ_IF(ACQUIRE))
 TWO_THREADS(plain_relaxed, (plain_store(x, 1), SET(y, RELAXED)), READ_IF(ACQUIRE))
 TWO_THREADS(plain_again, (LOAD(y, ACQUIRE) ? plain_store(x, 1) : (void)0), (plain_load(x), SET(y, RELEASE)))
-TWO_THREADS(plain_again_relaxed, (LOAD(y, ACQUIRE) ? plain_store(x, 1) : (void)0), (plain_load(x), SET(y, RELAXED)))
+TWO_THREADS(plain_again_relaxed, (LOAD(y, ACQUIRE) ? plain_store(x, 1) : (void)0),
+            (plain_load(x), SET(y, RELAXED)))
 
 static const struct {
     const char *name;

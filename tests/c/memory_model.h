@@ -27,8 +27,10 @@
 
 #undef _GNU_SOURCE
 #define _GNU_SOURCE
+#undef _FORTIFY_SOURCE /* which takes a jump to another stack for a mistake */
 
 #include <inttypes.h>
+#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -63,7 +65,8 @@ struct word {
 enum stage { STARTING, STORING, LOADING, FENCING, SLEEPING, FINISHED };
 
 struct thread {
-    ucontext_t context;
+    int started;
+    jmp_buf place; /* where it waits */
     enum stage stage;
     uint32_t word;  /* to be loaded */
     uint32_t taken; /* which of its possible steps was chosen */
@@ -108,7 +111,8 @@ static struct {
     struct view fences; /* what the sequentially consistent fences saw so far */
     struct word words[MODEL_WORDS];
     struct thread threads[2];
-    ucontext_t caller;
+    ucontext_t beginnings[2];
+    jmp_buf caller;
     /* The path of choices: `depth` made in this execution, `replay` of them prescribed. */
     uint32_t depth, replay;
     uint16_t chosen[MODEL_CHOICES], possible[MODEL_CHOICES];
@@ -317,10 +321,28 @@ static uint32_t choose(uint32_t possible)
     return model.chosen[model.depth++];
 }
 
-/* Ends this execution; comes back only as another one. */
-static void leave(void)
+/* Ends this execution. */
+_Noreturn static void leave(void)
 {
-    setcontext(&model.caller);
+    _longjmp(model.caller, 1);
+}
+
+/* Goes on with the current thread. */
+_Noreturn static void go_on(void)
+{
+    struct thread *thread = &model.threads[model.current];
+    if (thread->started)
+        _longjmp(thread->place, 1);
+    thread->started = 1;
+    setcontext(&model.beginnings[model.current]);
+    cannot("start the thread", model.current);
+}
+
+/* Returns when it is this thread's turn again. */
+static void let_go_on(struct thread *own)
+{
+    if (_setjmp(own->place) == 0)
+        go_on();
 }
 
 /* Lets the threads take turns. Returns when it is the turn of the one that calls this, with its
@@ -357,7 +379,7 @@ static void wait_for_turn(void)
     model.threads[next].taken = step;
     model.current = next;
     if (next != self)
-        swapcontext(&own->context, &model.threads[next].context);
+        let_go_on(own);
 }
 
 static void run_thread(void)
@@ -577,15 +599,17 @@ static void execute(void)
         model.words[i].writer = NOBODY;
     for (uint32_t i = 0; i < 2; i++) {
         struct thread *thread = &model.threads[i];
-        *thread = (struct thread){.stage = STARTING, .spurious = model.program->spurious};
-        getcontext(&thread->context);
-        thread->context.uc_stack.ss_sp = model_stacks[i];
-        thread->context.uc_stack.ss_size = MODEL_STACK;
-        makecontext(&thread->context, run_thread, 0);
+        thread->started = 0;
+        thread->stage = STARTING;
+        thread->view = thread->acquired = thread->released = thread->kick = (struct view){0};
+        thread->history[0] = thread->history[1] = 0;
+        thread->kicked = 0;
+        thread->spurious = model.program->spurious;
     }
     model.program->reset();
     model.current = 0;
-    swapcontext(&model.caller, &model.threads[0].context);
+    if (_setjmp(model.caller) == 0)
+        go_on();
 }
 
 /* Takes an argument that is for the search: `turns`=every and `states`=0 turn the reductions off,
@@ -613,6 +637,14 @@ static void explore(const struct program *program)
     if (mprotect(model.shared, MODEL_PAGE, PROT_NONE))
         cannot("no protection", MODEL_PAGE);
     model.running = 1;
+    for (uint32_t i = 0; i < 2; i++) {
+        ucontext_t *beginning = &model.beginnings[i];
+        getcontext(beginning);
+        beginning->uc_stack.ss_sp = model_stacks[i];
+        beginning->uc_stack.ss_size = MODEL_STACK;
+        beginning->uc_link = NULL;
+        makecontext(beginning, run_thread, 0);
+    }
     do {
         execute();
         while (model.depth && model.chosen[model.depth - 1u] + 1u == model.possible[model.depth - 1u])
