@@ -2,8 +2,8 @@
 /*
  * Shows that no wake-up is lost: runs the real virtqueue.c, one thread on each end, in every way
  * that memory_model.h knows. One thread sends, and sleeps when no buffer is free; the other
- * receives, and sleeps when nothing is there. Each sleeps only after it asked to be notified and
- * nothing had come meanwhile. A violation is: both asleep with no kick on its way, a message out
+ * receives, and sleeps when nothing is there. Each sleeps only while it has asked to be notified,
+ * and nothing had come meanwhile. A violation is: both asleep with no kick on its way, a message out
  * of order or with another's content, a race on a buffer, a fault on a queue.
  *
  * Arguments, as name=value: those of the search, and
@@ -29,11 +29,11 @@
 
 #include "virtqueue.c"
 
-#define MAX_NUM 4u
-#define POOL_PA 0x100000u
-#define BUFFER_SIZE 4u /* the message, and what counts its reads */
-#define REGION_SIZE 0x1000u
-#define FIRST 100u     /* number of the first message: no other word has such a value */
+#include "model_link.h"
+
+#define BUFFER_SIZE MODEL_BUFFER
+#define REGION_SIZE 0x1000u /* room for the lengths that say how often a buffer was given */
+#define FIRST 100u /* number of the first message: no other word has such a value */
 
 enum { ALWAYS, OFF, LAZY };
 
@@ -53,7 +53,7 @@ static struct {
 /* All that one side knows: what it does next depends on nothing else where it settles. */
 struct side {
     struct vq queue;
-    struct vq_slot slots[MAX_NUM];
+    struct vq_slot slots[MODEL_NUM];
     uint32_t number;      /* of messages sent or received */
     uint32_t unpublished; /* of messages sent */
     uint32_t given, got;  /* buffers: their number goes with them as the length */
@@ -62,28 +62,12 @@ struct side {
 };
 
 static struct side sides[2], initial[2]; /* the sender first */
-static struct tally {
-    uint64_t publishes, kicks, asked, meanwhile;
-} tallies[2];
-static struct vq_region region;
-
-static int32_t result_of(const struct side *side, int32_t result)
-{
-    if (result == VQ_BROKEN) {
-        note("fault", (uint64_t)side->queue.fault);
-        note("  value", side->queue.fault_value);
-        note("  limit", side->queue.fault_limit);
-        violation("queue broken by fault", side->queue.fault);
-    }
-    return result;
-}
-
 /* Buffer `head` of the driver, as the next that it lends. */
 static struct vq_span own_buffer(struct side *side, uint16_t head)
 {
     uint64_t offset = (uint64_t)head * BUFFER_SIZE;
-    return (struct vq_span){.pa = POOL_PA + offset,
-                            .base = region.base + offset,
+    return (struct vq_span){.pa = MODEL_POOL_PA + offset,
+                            .base = model_region.base + offset,
                             .length = ++side->given,
                             .writable = side == &sides[1]}; /* to the device that sends */
 }
@@ -95,13 +79,13 @@ static int32_t take(struct side *side, uint8_t **buffer)
     struct vq_span span = {0};
     uint32_t count = 1;
     int32_t head = q->driver ? vq_hold_used(q, &span.length) : vq_get_available(q, &span, 1, &count);
-    if (result_of(side, head) == VQ_EMPTY)
+    if (model_result(&side->queue, head) == VQ_EMPTY)
         return VQ_EMPTY;
     if (span.length != ++side->got || count != 1)
         violation("a stale entry, length", span.length);
     if (!q->driver && span.writable != (side == &sides[0]))
         violation("a stale descriptor, writable", span.writable);
-    *buffer = q->driver ? region.base + (uint32_t)head * BUFFER_SIZE : span.base;
+    *buffer = q->driver ? model_region.base + (uint32_t)head * BUFFER_SIZE : span.base;
     return head;
 }
 
@@ -115,17 +99,17 @@ static void give(struct side *side, uint16_t head)
     } else {
         result = vq_put_used(q, head, ++side->given);
     }
-    if (result_of(side, result) != 0)
+    if (model_result(&side->queue, result) != 0)
         violation("refused buffer", head);
 }
 
 static void publish_and_kick(struct side *side)
 {
-    struct tally *tally = &tallies[side - sides];
+    struct model_tally *tally = &model_tallies[side - sides];
     if (side->queue.next == side->queue.published)
         return;
     tally->publishes++;
-    if (result_of(side, vq_publish(&side->queue))) {
+    if (model_result(&side->queue, vq_publish(&side->queue))) {
         tally->kicks++;
         kick_other();
     }
@@ -134,8 +118,8 @@ static void publish_and_kick(struct side *side)
 /* Returns whether something had come meanwhile. */
 static int ask(struct side *side)
 {
-    struct tally *tally = &tallies[side - sides];
-    int32_t meanwhile = result_of(side, vq_notify_on(&side->queue));
+    struct model_tally *tally = &model_tallies[side - sides];
+    int32_t meanwhile = model_result(&side->queue, vq_notify_on(&side->queue));
     tally->asked++;
     tally->meanwhile += meanwhile ? 1u : 0u;
     return meanwhile && !is_left_out("result", __func__);
@@ -153,7 +137,7 @@ static void send_all(struct side *side)
         int fresh = head == VQ_EMPTY && q->driver && q->free_count;
         if (fresh) { /* never lent so far */
             head = q->free_head;
-            buffer = region.base + q->free_head * BUFFER_SIZE;
+            buffer = model_region.base + q->free_head * BUFFER_SIZE;
         } else if (head == VQ_EMPTY) {
             publish_and_kick(side);
             side->unpublished = 0;
@@ -197,7 +181,7 @@ static void receive_all(struct side *side)
             vq_notify_off(q);
         side->woken = 0;
         if (options.max && side->taken >= options.max) {
-            if (q->quiet || result_of(side, vq_pending(q))) {
+            if (q->quiet || model_result(&side->queue, vq_pending(q))) {
                 publish_and_kick(side);
                 side->taken = 0;
             } else {
@@ -253,143 +237,46 @@ static void ended(int stuck)
         violation("not all received", sides[1].number);
 }
 
-static void name(uint32_t offset, char *word, size_t size)
-{
-    static const char *const fields[] = {"addr", NULL, NULL, NULL, "len", NULL, "flags", "next"};
-    const struct vq *q = &sides[0].queue;
-    const uint8_t *where = model.shared + offset;
-    const uint8_t *available = (const uint8_t *)q->available, *used = (const uint8_t *)q->used;
-    uint32_t in_available = (uint32_t)(where - available) / 2u, in_used = (uint32_t)(where - used) / 2u;
-    if (where < available)
-        snprintf(word, size, "desc[%u].%s", offset / 16u, fields[offset % 16u / 2u]);
-    else if (where < used && in_available < 2u)
-        snprintf(word, size, "available.%s", in_available ? "idx" : "flags");
-    else if (where < used && in_available < 2u + q->num)
-        snprintf(word, size, "available.ring[%u]", in_available - 2u);
-    else if (where < used)
-        snprintf(word, size, "used_event");
-    else if (where >= region.base)
-        snprintf(word, size, "buffer[%u]", (uint32_t)(where - region.base) / BUFFER_SIZE);
-    else if (in_used < 2u)
-        snprintf(word, size, "used.%s", in_used ? "idx" : "flags");
-    else if (in_used < 2u + 4u * q->num)
-        snprintf(word, size, "used.ring[%u].%s", (in_used - 2u) / 4u, (in_used - 2u) % 4u ? "len" : "id");
-    else
-        snprintf(word, size, "avail_event");
-}
-
-static void open_side(struct side *side, uint8_t *memory, uint32_t driver)
-{
-    uint32_t available = 16u * options.num;
-    uint32_t used = (available + 2u * (3u + options.num) + 3u) / 4u * 4u;
-    uint32_t pool = (used + 8u * options.num + 6u + 3u) / 4u * 4u;
-    if (pool + options.num * BUFFER_SIZE > MODEL_SIZE)
-        cannot("words", MODEL_WORDS);
-    region = (struct vq_region){
-        .pa = POOL_PA, .size = REGION_SIZE, .base = memory + pool};
-    side->queue = (struct vq){
-        .ring = memory,
-        .available = (uint16_t *)(void *)(memory + available),
-        .used = (uint16_t *)(void *)(memory + used),
-        .slots = side->slots,
-        .regions = &region,
-        .region_count = 1,
-        .num = (uint16_t)options.num,
-        .mask = (uint16_t)(options.num - 1u),
-        .driver = (uint8_t)driver,
-        .event_idx = (uint8_t)options.event_idx,
-    };
-    side->queue.available[1] = side->queue.used[1] = (uint16_t)options.start;
-    (void)result_of(side, vq_attach(&side->queue, (uint16_t)options.start));
-    side->woken = 1;
-}
-
 /* The rings as they are once both sides are up, before the first message. */
 static void open_both(void)
 {
-    uint8_t *memory = model_memory();
-    open_side(&sides[0], memory, options.driver_sends);
-    open_side(&sides[1], memory, !options.driver_sends);
+    model_open(options.num, options.start, REGION_SIZE, NULL);
+    for (uint32_t i = 0; i < 2; i++) {
+        uint32_t driver = i == 0 ? options.driver_sends : !options.driver_sends;
+        model_open_queue(&sides[i].queue, sides[i].slots, driver, options.event_idx);
+    }
     for (uint16_t i = 0; !options.driver_sends && i < options.num; i++) {
         struct vq_span span = own_buffer(&sides[1], i);
         if (vq_add(&sides[1].queue, &span, 0, 1) != i || vq_publish(&sides[1].queue) < 0)
             cannot("lending the buffers", i);
     }
     vq_notify_off(&sides[0].queue);
+    sides[1].woken = 1;
     memcpy(initial, sides, sizeof sides);
-}
-
-static uint32_t number_of(const char *text)
-{
-    char *end;
-    unsigned long number = strtoul(text, &end, 10);
-    if (end == text || *end || number > 0xFFFFu)
-        cannot("a value that is no number, first byte", *text);
-    return (uint32_t)number;
-}
-
-static void set_option(char *argument)
-{
-    static const struct {
-        const char *name;
-        uint32_t *value;
-    } numbers[] = {
-        {"num", &options.num},
-        {"messages", &options.messages},
-        {"batch", &options.batch},
-        {"event_idx", &options.event_idx},
-        {"start", &options.start},
-        {"each", &options.each},
-        {"quiet_after", &options.quiet_after},
-        {"max", &options.max},
-        {"sender_off", &options.sender_off},
-        {"spurious", &options.spurious},
-    };
-    static const struct {
-        const char *text;
-        uint32_t *value;
-        uint32_t meaning;
-    } words[] = {
-        {"sender=driver", &options.driver_sends, 1},  {"sender=device", &options.driver_sends, 0},
-        {"receiver=always", &options.receiver, ALWAYS}, {"receiver=off", &options.receiver, OFF},
-        {"receiver=lazy", &options.receiver, LAZY},
-    };
-    for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
-        if (strcmp(argument, words[i].text) == 0) {
-            *words[i].value = words[i].meaning;
-            return;
-        }
-    }
-    char *value = strchr(argument, '=');
-    if (!value)
-        cannot("an argument without =, first byte", *argument);
-    *value++ = 0;
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-        if (strcmp(argument, numbers[i].name) == 0) {
-            *numbers[i].value = number_of(value);
-            return;
-        }
-    }
-    cannot("an argument of unknown name, first byte", *argument);
 }
 
 int main(int argc, char **argv)
 {
-    static const struct program program = {
-        .reset = reset, .run = run, .ended = ended, .name = name, .threads = {"sender", "receiver"}};
-    for (int i = 1; i < argc; i++)
-        if (!set_model_option(argv[i]))
-            set_option(argv[i]);
-    if ((options.num != 1 && options.num != 2 && options.num != MAX_NUM) || options.batch == 0)
-        cannot("entries", options.num);
+    static const struct model_option table[] = {
+        {"sender=driver", &options.driver_sends, 1},
+        {"sender=device", &options.driver_sends, 0},
+        {"receiver=always", &options.receiver, ALWAYS},
+        {"receiver=off", &options.receiver, OFF},
+        {"receiver=lazy", &options.receiver, LAZY},
+        {"num", &options.num, 0},
+        {"messages", &options.messages, 0},
+        {"batch", &options.batch, 0},
+        {"event_idx", &options.event_idx, 0},
+        {"start", &options.start, 0},
+        {"each", &options.each, 0},
+        {"quiet_after", &options.quiet_after, 0},
+        {"max", &options.max, 0},
+        {"sender_off", &options.sender_off, 0},
+        {"spurious", &options.spurious, 0},
+    };
+    model_set_options(table, sizeof table / sizeof *table, argc, argv);
     open_both();
-    struct program with_options = program;
-    with_options.spurious = options.spurious;
-    explore(&with_options);
-    printf("%" PRIu64 " executions, %" PRIu64 " to the end, %" PRIu64 " ends, %" PRIu64 " states\n",
-           model.executions, model.complete, model.ends, model.state_count);
-    for (int i = 0; i < 2; i++)
-        printf("%s: %" PRIu64 " kicks of %" PRIu64 ", %" PRIu64 " meanwhile of %" PRIu64 "\n", program.threads[i],
-               tallies[i].kicks, tallies[i].publishes, tallies[i].meanwhile, tallies[i].asked);
+    model_explore(&(struct program){
+        .reset = reset, .run = run, .ended = ended, .spurious = options.spurious});
     return 0;
 }
