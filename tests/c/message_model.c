@@ -40,16 +40,7 @@ static void *copy_seen(void *to, const void *from, size_t size);
 #define MAX_BATCH 8u
 #define FIRST 100u /* number of the first message: no other word has such a value */
 
-/* What differs between two forms of message_ring.h. */
-#ifdef MESSAGE_STAY_QUIET
-#define SEND(ring, number, payload) message_ring_send(ring, number, ~(number), payload, PAYLOAD)
 #define ROOM (PAYLOAD + MESSAGE_SOURCE)
-#else
-#define SEND(ring, number, payload) message_ring_send(ring, number, ~(number), payload, PAYLOAD, 0)
-#define ROOM PAYLOAD
-#define MESSAGE_GIVE_BACK 1
-#define MESSAGE_STAY_QUIET 0
-#endif
 
 static struct {
     uint32_t driver_sends, num, messages, batch, event_idx, start, max, give_back, sender_off, polls, spurious;
@@ -72,11 +63,9 @@ struct side {
     struct vq_span spans[MODEL_NUM];
     struct message_record records[MAX_BATCH];
     uint8_t data[MAX_BATCH * ROOM];
-#if MESSAGE_STAY_QUIET
     uint64_t places[MODEL_NUM];
     uint16_t spares[MODEL_NUM];
     uint8_t scratch[BUFFER_SIZE];
-#endif
 };
 
 static struct side sides[2], initial[2]; /* the sender first */
@@ -137,7 +126,9 @@ static int32_t send_some(struct side *side)
         return did(side, published,
                    message_ring_send_many(&side->ring, 0, ~0u - 1u, (const uint8_t *)payload, lengths, count),
                    MESSAGE_KICK);
-    int32_t result = did(side, published, SEND(&side->ring, side->number, (const uint8_t *)payload), 1);
+    const uint8_t *bytes = (const uint8_t *)payload;
+    int32_t sent = message_ring_send(&side->ring, side->number, ~side->number, bytes, PAYLOAD);
+    int32_t result = did(side, published, sent, 1);
     return result < 0 ? result : 1;
 }
 
@@ -239,11 +230,9 @@ static void open_both(void)
         side->ring = (struct message_ring){
             .queue = &side->queue,
             .spans = side->spans,
-#if MESSAGE_STAY_QUIET
             .places = side->places,
             .spares = side->spares,
             .scratch = side->scratch,
-#endif
             .pool_pa = driver ? MODEL_POOL_PA : 0,
             .pool = driver ? pool : NULL,
             .buffer_size = BUFFER_SIZE,
@@ -275,8 +264,6 @@ int main(int argc, char **argv)
     model_set_options(table, sizeof table / sizeof *table, argc, argv);
     if (options.max == 0 || options.max > MAX_BATCH || options.batch > MAX_BATCH)
         cannot("messages at once", options.max);
-    if (options.polls && !MESSAGE_STAY_QUIET)
-        cannot("polls", options.polls);
     open_both();
     model_explore(&(struct program){
         .reset = reset, .run = run, .ended = ended, .spurious = options.spurious});

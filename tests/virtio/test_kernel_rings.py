@@ -570,7 +570,7 @@ class History:
         for driver in self.drivers:
             driver.quiet()
         if self.ours is Role.DRIVER:
-            self.wish(self.taken - 1, False)
+            self.wish(self.taken - 0x8000, False)
 
     def driver_listen(self, _number: int = 0) -> None:
         mine, theirs = (driver.listen() for driver in self.drivers)
@@ -629,7 +629,7 @@ class History:
         for device in self.devices:
             device.quiet()
         if self.ours is Role.DEVICE:
-            self.wish(self.fetched - 1, False)
+            self.wish(self.fetched - 0x8000, False)
 
     def device_listen(self, _number: int = 0) -> None:
         mine, theirs = (device.listen() for device in self.devices)

@@ -231,9 +231,6 @@ def test_reductions_change_nothing(model: Path, receiver: str, sender: str, even
 
 # The same through messages.
 
-HAS_POLLS = "MESSAGE_STAY_QUIET" in (CSRC / "message_ring.h").read_text()
-polls = pytest.mark.skipif(not HAS_POLLS, reason="message_ring.h has no MESSAGE_STAY_QUIET")
-
 
 @EVENT_IDX
 @SENDER
@@ -248,8 +245,8 @@ polls = pytest.mark.skipif(not HAS_POLLS, reason="message_ring.h has no MESSAGE_
         "messages=3 num=1",
         "messages=3 sender_off=0",
         "messages=3 spurious=1",
-        pytest.param("messages=3 polls=1", marks=polls),
-        pytest.param("messages=3 polls=2", marks=polls),
+        "messages=3 polls=1",
+        "messages=3 polls=2",
     ],
 )
 def test_no_message_is_left(soon_quiet: Path, variant: str, sender: str, event_idx: str) -> None:
