@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -173,7 +174,8 @@ class Bus:
         self._watches: set[ServiceWatch] = set()
         self._replies: dict[Endpoint, None] = {}
         self._turns: deque[_Turn] = deque()
-        self._in_hand: dict[HeldMessage | Reservation, int] = {}
+        self._in_hand: dict[HeldMessage, int] = {}
+        self._reserved: dict[Reservation, tuple[int, int]] = {}
         self._news = trio.lowlevel.ParkingLot()
         self._starved = trio.Event()
         self._counts: Counter[str] = Counter()
@@ -288,7 +290,6 @@ class Bus:
     def statistics(self) -> BusStatistics:
         """What it counted so far."""
         rings = self._count_rings()
-        reserved = sum(isinstance(each, Reservation) for each in self._in_hand)
         return BusStatistics(
             generation=self._generation,
             sent=rings["sent"],
@@ -301,8 +302,8 @@ class Bus:
             buffer_waits=self._waits,
             polls=self._polling.tried,
             poll_hits=self._polling.hits,
-            held=self._kept + len(self._in_hand) - reserved,
-            reserved=reserved,
+            held=self._kept + len(self._in_hand),
+            reserved=len(self._reserved),
             drops=self.drops,
         )
 
@@ -336,7 +337,10 @@ class Bus:
             endpoints=tuple(endpoint.report() for endpoint in self._endpoints.values()),
             channels=self.channels,
             statistics=self.statistics,
-            options=asdict(self._options),
+            options={
+                name: str(value) if value == math.inf else value  # which JSON cannot say
+                for name, value in asdict(self._options).items()
+            },
         )
 
     async def wait_service(self, name: str) -> Channel:
@@ -436,17 +440,13 @@ class Bus:
         try:
             if in_place:
                 self.choose_buffers(endpoint)
-            await self._introduce(endpoint)
+            if name is not None and not endpoint.is_bound:
+                self._bind_to_known(endpoint, name)
+            if endpoint.wants_announcing and self._names:
+                await endpoint.announce()
             yield endpoint
         finally:
             await endpoint.aclose()
-
-    async def _introduce(self, endpoint: Endpoint) -> None:
-        """Binds an endpoint that is new on this link to its service, and announces it."""
-        if endpoint.name is not None and not endpoint.is_bound:
-            self._bind_to_known(endpoint, endpoint.name)
-        if endpoint.wants_announcing and self._names:
-            await endpoint.announce()
 
     async def restart(self, device: VirtioDevice) -> None:
         """Goes on over a new device, after the old one failed or was given up.
@@ -473,6 +473,7 @@ class Bus:
         self._fail(failure)
         self._let_go(self.broken("bus"))
         self._registry = ChannelRegistry()
+        self._replies.clear()
         for endpoint in tuple(self._endpoints.values()):
             if not endpoint.revive():
                 endpoint.lose(failure)
@@ -483,6 +484,8 @@ class Bus:
             self._rings = AsyncExitStack()
             await self._begin(device, self._count_rings())
             if self._closed:
+                if self.role is Role.DRIVER:
+                    device.end()
                 await self._rings.aclose()
                 raise trio.ClosedResourceError("the bus was closed")
         except BaseException:
@@ -493,9 +496,12 @@ class Bus:
         finally:
             self._restarting = False
         self._generation += 1
-        for endpoint in tuple(self._endpoints.values()):
-            if self._endpoints.get(endpoint.address) is endpoint:
-                await self._introduce(endpoint)
+        for endpoint in self._endpoints.values():
+            if endpoint.name is not None and not endpoint.is_bound:
+                self._bind_to_known(endpoint, endpoint.name)
+            if endpoint.announces_again() and self._names:
+                self._replies[endpoint] = None
+        self._send_replies()
         self._wake_all()
 
     async def aclose(self) -> None:
@@ -528,6 +534,13 @@ class Bus:
         """Lets other tasks run, and begins a new slice."""
         await trio.lowlevel.checkpoint()
         self.slice_end = perf_counter() + _SLICE
+
+    async def pause(self) -> None:
+        """Lets other tasks run if it is time to, and raises in a scope that was cancelled."""
+        if perf_counter() >= self.slice_end:
+            await self.rest()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
 
     def begin_slice(self) -> None:
         """A task that uses the bus was asleep: other tasks had their turn."""
@@ -589,7 +602,7 @@ class Bus:
         return True
 
     def reserve(
-        self, source: int, destination: int, length: int | None, *, has_turn: bool = False
+        self, source: int, length: int | None, *, has_turn: bool = False
     ) -> Reservation | None:
         """A buffer to build a message in, or None when none is free."""
         if self.failure is not None or (self._turns and not has_turn):
@@ -609,28 +622,37 @@ class Bus:
             self._no_buffer(SMALL_BUFFER, size)
         view = self._device.memory.find_pa(place, capacity)
         assert view is not None, "translated before"
-
-        def commit(length: int) -> None:
-            del self._in_hand[reservation]
-            try:
-                kick = ring.commit(head, source, destination, length)
-            except VirtqueueError as error:
-                self._fail(error)
-                raise self.broken("send") from error
-            if kick or self._options.always_kick:
-                self.kick()
-
-        def cancel() -> None:
-            del self._in_hand[reservation]
-            ring.cancel(head)
-            self._call_next()
-
-        reservation = Reservation(view, size, commit, cancel)
-        self._in_hand[reservation] = head
+        reservation = Reservation(view, size, self)
+        self._reserved[reservation] = (head, source)
         return reservation
 
-    async def wait_for_buffers(self, endpoint: Endpoint, attempt: Callable[[], bool]) -> None:
+    def commit(self, reservation: Reservation, destination: int) -> None:
+        """Sends a reserved buffer."""
+        head, source = self._reserved.pop(reservation)
+        try:
+            kick = self._sending.commit(head, source, destination, reservation.length)
+        except VirtqueueError as error:
+            self._fail(error)
+            raise self.broken("send") from error
+        if kick or self._options.always_kick:
+            self.kick()
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Makes a reserved buffer free again."""
+        head, _ = self._reserved.pop(reservation)
+        self._sending.cancel(head)
+        self._call_next()
+
+    async def wait_for_buffers(
+        self, endpoint: Endpoint, attempt: Callable[[], bool], *, peer: int | None = None
+    ) -> bool:
         """Waits for buffers, behind those who wait already, until `attempt` says it is done.
+
+        Args:
+            peer: give up as soon as this is not the endpoint's peer any more.
+
+        Returns:
+            Whether it is done.
 
         Cancellation: what `attempt` did is done.
         """
@@ -644,10 +666,12 @@ class Bus:
             while True:
                 endpoint.check_usable()
                 self.check_generation(generation)
+                if peer is not None and endpoint.destination != peer:
+                    return False
                 if self._turns[0] is turn and (
                     attempt() or (self.drain(self.poll_now) and attempt())
                 ):
-                    return
+                    return True
                 endpoint.check_usable()
                 turn.called = trio.Event()
                 await turn.called.wait()
@@ -659,6 +683,12 @@ class Bus:
                 if not self._replies:
                     self._sending.queue.notify_off()
             self._call_next()
+
+    def call_waiting(self, endpoint: Endpoint) -> None:
+        """Something changed for an endpoint: its senders that wait have to look."""
+        for turn in self._turns:
+            if turn.endpoint is endpoint:
+                turn.called.set()
 
     def check_generation(self, generation: int) -> None:
         """Raises where the bus went on over a new device since."""
@@ -740,9 +770,13 @@ class Bus:
         self._kept -= 1
         return held
 
-    def give_back(self, held: HeldMessage) -> None:
-        """A held message was released."""
-        self._give_back([self._in_hand.pop(held)])
+    def give_back(self, held: HeldMessage) -> Exception | None:
+        """A held message was released. Returns why that is of no use, where the link is over."""
+        head = self._in_hand.pop(held)
+        if not self._usable:
+            return self._ended()
+        self._give_back([head])
+        return None
 
     def choose_buffers(self, endpoint: Endpoint) -> None:
         """Whether the buffers of further messages for an endpoint are kept has changed."""
@@ -774,9 +808,7 @@ class Bus:
         if self._usable:
             self._receiving.keep(self._keep)
             self.release(heads)
-        for turn in self._turns:
-            if turn.endpoint is endpoint:
-                turn.called.set()
+        self.call_waiting(endpoint)
 
     # What follows is for _Watch.
 
@@ -803,8 +835,8 @@ class Bus:
     @property
     def _is_starved(self) -> bool:
         """Whether queued messages keep the last of the peer's buffers."""
-        held = sum(isinstance(each, HeldMessage) for each in self._in_hand)
-        return self._kept > 0 and self._kept + held >= self._receiving.queue.layout.num
+        num = self._receiving.queue.layout.num
+        return self._kept > 0 and self._kept + len(self._in_hand) >= num
 
     def _check_usable(self) -> None:
         if not self._usable:
@@ -863,6 +895,7 @@ class Bus:
         while True:
             await self._starved.wait()
             self._starved = trio.Event()
+            generation = self._generation
             before = {
                 endpoint: endpoint.taken
                 for endpoint in self._endpoints.values()
@@ -871,6 +904,8 @@ class Bus:
             await trio.sleep(self._options.patience)
             if not (self._usable and self._is_starved):
                 continue
+            if generation != self._generation:
+                before.clear()
             for endpoint, taken in before.items():
                 if endpoint.occupies and endpoint.taken == taken:
                     # As text: whoever keeps the record must not keep the bus.
@@ -911,9 +946,12 @@ class Bus:
         """The device is not ours any more, nor are the buffers that users have in hand."""
         self._device.on_notify = self._device.on_failure = None
         self.transmit = transmit_closed
-        for each in tuple(self._in_hand):
-            each.take_away(error)
+        for held in self._in_hand:
+            held.take_away(error)
+        for reservation in self._reserved:
+            reservation.take_away(error)
         self._in_hand.clear()
+        self._reserved.clear()
 
     def _remove(self, endpoint: Endpoint) -> None:
         del self._endpoints[endpoint.address]

@@ -205,7 +205,8 @@ class Endpoint:
                 self._sent_bytes += length
                 return
         data = self._check_payload(payload)
-        await self._send(data, self.address, await self._wait_peer())
+        while not await self._send(data, self.address, await self._wait_peer(), to_peer=True):
+            pass
 
     async def send_to(self, payload: Payload, destination: int) -> None:
         """Sends one message to any address on the other side, as `send` does."""
@@ -236,7 +237,7 @@ class Endpoint:
         An answer goes to whoever has that address here; nobody has to.
         """
         data = self._check_payload(payload)
-        await checkpoint_if_cancelled()
+        await self._bus.pause()
         await self._send(data, check_destination(source), check_destination(destination))
 
     async def send_many(self, payloads: Sequence[Payload]) -> None:
@@ -246,24 +247,20 @@ class Endpoint:
 
         Cancellation: some may have been sent: `statistics.sent` tells how many.
         """
-        parts = self._check_payloads(payloads)
         bus = self._bus
-        if perf_counter() >= bus.slice_end:
-            await bus.rest()
-        else:
-            await checkpoint_if_cancelled()
-        destination = self._destination
-        if destination == ADDRESS_ANY or self._over or bus.failure is not None:
+        batch = bus.encode_batch(self._check_payloads(payloads))
+        await bus.pause()
+        while not batch.is_done:
             destination = await self._wait_peer()
-        batch = bus.encode_batch(parts)
-        if not bus.send_batch(self.address, destination, batch, self._count_sent):
-            self._waits += 1
-            await bus.wait_for_buffers(
-                self,
-                lambda: bus.send_batch(
-                    self.address, destination, batch, self._count_sent, has_turn=True
-                ),
-            )
+            if not bus.send_batch(self.address, destination, batch, self._count_sent):
+                self._waits += 1
+                await bus.wait_for_buffers(
+                    self,
+                    lambda peer=destination: bus.send_batch(  # type: ignore[misc]
+                        self.address, peer, batch, self._count_sent, has_turn=True
+                    ),
+                    peer=destination,
+                )
 
     def send_nowait(self, payload: Payload) -> None:
         """Sends one message to the peer now, or raises.
@@ -317,15 +314,15 @@ class Endpoint:
         Raises: what `send` does, at either end of the block.
         """
         self._check_length(length)
-        await checkpoint_if_cancelled()
-        destination = await self._wait_peer()
-        reservation = self._bus.reserve(self.address, destination, length)
+        await self._bus.pause()
+        await self._wait_peer()
+        reservation = self._bus.reserve(self.address, length)
         if reservation is None:
             self._waits += 1
             found: list[Reservation] = []
 
             def attempt() -> bool:
-                taken = self._bus.reserve(self.address, destination, length, has_turn=True)
+                taken = self._bus.reserve(self.address, length, has_turn=True)
                 if taken is not None:
                     found.append(taken)
                 return taken is not None
@@ -339,7 +336,8 @@ class Endpoint:
     def reserve_nowait(self, length: int | None = None) -> Iterator[Reservation]:
         """As `reserve`, for a `with` block; raises what `send_nowait` does."""
         self._check_length(length)
-        reservation = self._bus.reserve(self.address, self._peer_nowait(), length)
+        self._peer_nowait()
+        reservation = self._bus.reserve(self.address, length)
         if reservation is None:
             raise trio.WouldBlock(f"{self!r}: no buffer is free")
         with self._sent_at_end(reservation):
@@ -412,8 +410,8 @@ class Endpoint:
         """
         if not self._in_place:
             raise StateError(f"{self!r}: open it with in_place=True to hold messages")
-        await checkpoint_if_cancelled()
         bus = self._bus
+        await bus.pause()
         if not self._queue and (self._receiving or not bus.drain(bus.poll_now) or not self._queue):
             await self._wait_message()
         return self._hold()
@@ -444,7 +442,7 @@ class Endpoint:
         if concurrency < 1:
             raise ValueError(f"a concurrency of {concurrency}; at least 1 is needed")
         if concurrency == 1:
-            async for message in self._until_closed():
+            while (message := await self._next()) is not None:
                 await handler(message)
             return
         room = trio.Semaphore(concurrency)
@@ -455,20 +453,25 @@ class Endpoint:
             finally:
                 room.release()
 
-        with plain_errors():
-            async with trio.open_nursery() as nursery:
-                await room.acquire()
-                async for message in self._until_closed():
-                    nursery.start_soon(run, message)
+        try:
+            with plain_errors():
+                async with trio.open_nursery() as nursery:
                     await room.acquire()
+                    while (message := await self._next()) is not None:
+                        nursery.start_soon(run, message)
+                        await room.acquire()
+        except BaseExceptionGroup as group:
+            # Handlers that send hear of the other side's end too: that is one error.
+            if group.split(trio.BrokenResourceError)[1] is None:
+                self.check_usable()
+            raise
 
-    async def _until_closed(self) -> AsyncIterator[Message]:
-        while True:
-            try:
-                message = await self.receive()
-            except (trio.EndOfChannel, trio.ClosedResourceError):
-                return
-            yield message
+    async def _next(self) -> Message | None:
+        """The next message, or None when the channel has ended or was closed here."""
+        try:
+            return await self.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            return None
 
     def __aiter__(self) -> Self:
         return self
@@ -567,6 +570,7 @@ class Endpoint:
         if self._given_destination == ADDRESS_ANY:
             self._destination = ADDRESS_ANY
             self._withdrawn = not self._rebind
+            self._bus.call_waiting(self)
             self.wake()
 
     def deliver(self, messages: Sequence[Message | _Occupied], length: int) -> None:
@@ -597,9 +601,9 @@ class Endpoint:
         """It was not read for too long: what it holds is dropped."""
         self._unread = True
         if self._in_place:
-            # Each message that it keeps costs a buffer, so it keeps no more than one.
-            self._bound = 1
-            self._drop(len(self._queue) - 1, newest=True)
+            # Each message that it keeps costs a buffer, so it keeps none until it is read.
+            self._bound = 0
+            self._drop(len(self._queue), newest=True)
         else:
             for _ in range(len(self._held)):
                 self._queue.pop()
@@ -630,6 +634,11 @@ class Endpoint:
         self._bound = self._queue_limit
         return True
 
+    def announces_again(self) -> bool:
+        """Whether the peer is to be told of this endpoint, on a new device."""
+        self._announces = self._wants_announcing
+        return self._announces
+
     @property
     def wants_announcing(self) -> bool:
         """Whether it is to be announced when there is a peer."""
@@ -655,6 +664,7 @@ class Endpoint:
         if self._receiving:
             raise trio.BusyResourceError(f"{self!r}: another task receives here already")
         self._receiving = True
+        self._is_read()
         generation = self._bus.generation
         try:
             if self._has_message():
@@ -693,7 +703,8 @@ class Endpoint:
         message = self._queue.popleft()
         if not self._careful:
             return message  # type: ignore[return-value]  # only careful endpoints have others
-        self._was_read()
+        self._taken += 1
+        self._is_read()
         if isinstance(message, _Occupied):
             with self._bus.open_held(message.head, message.length, message.source) as held:
                 return Message(bytes(held.view), message.source)
@@ -702,14 +713,14 @@ class Endpoint:
 
     def _hold(self) -> HeldMessage:
         message = self._queue.popleft()
-        self._was_read()
+        self._taken += 1
+        self._is_read()
         if isinstance(message, _Occupied):
             return self._bus.open_held(message.head, message.length, message.source)
         # It came in several pieces, of which no one view can be made, so it is a copy.
         return HeldMessage(memoryview(message.payload), message.source, None)
 
-    def _was_read(self) -> None:
-        self._taken += 1
+    def _is_read(self) -> None:
         self._unread = False
         self._bound = self._queue_limit
 
@@ -808,17 +819,29 @@ class Endpoint:
         self._count_sent(1, len(data))
 
     async def _send(
-        self, data: bytes, source: int, destination: int, *, counts: bool = True
-    ) -> None:
+        self,
+        data: bytes,
+        source: int,
+        destination: int,
+        *,
+        to_peer: bool = False,
+        counts: bool = True,
+    ) -> bool:
+        """Returns whether it went: not where it is for the peer, and that went or changed."""
         self.check_usable()
         bus = self._bus
         if not bus.send_nowait(source, destination, data):
             self._waits += 1
-            await bus.wait_for_buffers(
-                self, lambda: bus.send_nowait(source, destination, data, has_turn=True)
+            went = await bus.wait_for_buffers(
+                self,
+                lambda: bus.send_nowait(source, destination, data, has_turn=True),
+                peer=destination if to_peer else None,
             )
+            if not went:
+                return False
         if counts:
             self._count_sent(1, len(data))
+        return True
 
     def _count_sent(self, count: int, length: int) -> None:
         self._sent += count
@@ -828,9 +851,8 @@ class Endpoint:
     def _sent_at_end(self, reservation: Reservation) -> Iterator[None]:
         try:
             yield
-            self.check_usable()
-            length = reservation.commit()
-            if length is not None:
-                self._count_sent(1, length)
+            if not reservation.is_discarded:
+                reservation.commit(self._peer())
+                self._count_sent(1, reservation.length)
         finally:
             reservation.discard()

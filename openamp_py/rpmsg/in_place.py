@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from typing import Protocol, Self
 
 from openamp_py.errors import StateError
+
+
+def _release(view: memoryview) -> None:
+    """Makes a view of no use, unless something was made of it: that keeps the memory alive."""
+    with contextlib.suppress(BufferError):
+        view.release()
+
+
+class SendBuffers(Protocol):
+    """Sends a reserved buffer, or takes it back. Each is called at most once for one."""
+
+    def commit(self, reservation: Reservation, destination: int) -> None:
+        """Sends the first `length` bytes. Raises trio's errors."""
+        ...
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Makes the buffer free again."""
+        ...
 
 
 class Reservation:
@@ -18,18 +36,11 @@ class Reservation:
             once the bus is closed or goes on over a new device.
     """
 
-    def __init__(
-        self,
-        view: memoryview,
-        length: int,
-        commit: Callable[[int], None],
-        cancel: Callable[[], None],
-    ) -> None:
+    def __init__(self, view: memoryview, length: int, buffers: SendBuffers) -> None:
         self.view = view
         self._size = view.nbytes
         self._length = length
-        self._commit = commit
-        self._cancel = cancel
+        self._buffers = buffers
         self._over = False
         self._error: Exception | None = None
 
@@ -48,19 +59,22 @@ class Reservation:
             raise ValueError(f"a message of {length} bytes; the buffer has {self._size} bytes")
         self._length = length
 
+    @property
+    def is_discarded(self) -> bool:
+        """Whether it was given back, and will not be sent."""
+        return self._over and self._error is None
+
     def discard(self) -> None:
         """Gives the buffer back unsent. Idempotent."""
         if self._end():
-            self._cancel()
+            self._buffers.cancel(self)
 
-    def commit(self) -> int | None:
-        """For the endpoint: sends the message, unless it was discarded. Returns its length."""
+    def commit(self, destination: int) -> None:
+        """For the endpoint: sends the message."""
         if self._error is not None:
             raise self._error
-        if not self._end():
-            return None
-        self._commit(self._length)
-        return self._length
+        if self._end():
+            self._buffers.commit(self, destination)
 
     def take_away(self, error: Exception) -> None:
         """For the bus: the buffer is not ours any more; `error` is for whoever wants to send it."""
@@ -70,15 +84,15 @@ class Reservation:
     def _end(self) -> bool:
         ends = not self._over
         self._over = True
-        self.view.release()
+        _release(self.view)
         return ends
 
 
-class Buffers(Protocol):
+class ReceiveBuffers(Protocol):
     """Takes a held message's buffer back."""
 
-    def give_back(self, held: HeldMessage) -> None:
-        """Called once, while the link is there."""
+    def give_back(self, held: HeldMessage) -> Exception | None:
+        """Called once. Returns an error of trio's where the link is over."""
         ...
 
 
@@ -94,7 +108,7 @@ class HeldMessage:
         source: the sender's address.
     """
 
-    def __init__(self, view: memoryview, source: int, buffers: Buffers | None) -> None:
+    def __init__(self, view: memoryview, source: int, buffers: ReceiveBuffers | None) -> None:
         self.view = view
         self.source = source
         self._buffers = buffers
@@ -109,31 +123,31 @@ class HeldMessage:
             trio.BrokenResourceError: the other side was reset or is gone: it has the buffer.
             trio.ClosedResourceError: the bus was closed.
         """
-        if self._error is not None:
-            raise self._error
         if self._released:
-            raise StateError("the message was released before")
-        self._end()
-        if self._buffers is not None:
-            self._buffers.give_back(self)
+            raise self._error or StateError("the message was released before")
+        error = self._give_back()
+        if error is not None:
+            raise error
 
     def take_away(self, error: Exception) -> None:
         """For the bus: the buffer is not ours any more; `error` is for whoever releases it."""
-        self._end()
-        self._error = error
-
-    def _end(self) -> None:
         self._released = True
-        self.view.release()
+        self._error = error
+        _release(self.view)
 
     @property
     def is_released(self) -> bool:
         """Whether `view` is of no use any more."""
         return self._released
 
+    def _give_back(self) -> Exception | None:
+        self._released = True
+        _release(self.view)
+        return None if self._buffers is None else self._buffers.give_back(self)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self._released:
-            self.release()
+            self._give_back()

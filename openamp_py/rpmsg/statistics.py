@@ -132,7 +132,8 @@ class BusDump:
                 f"{endpoint.when_full}: {_fields(endpoint.statistics)}"
             ]
         lines += [f"channels announced by the peer: {len(self.channels)}"]
-        lines += [f"  {channel.name} at {channel.address:#x}" for channel in self.channels]
+        # A peer's name may be anything, also what a terminal obeys.
+        lines += [f"  {channel.name!r} at {channel.address:#x}" for channel in self.channels]
         return "\n".join(lines)
 
 

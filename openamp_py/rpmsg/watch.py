@@ -38,6 +38,8 @@ class ServiceWatch:
 
     def add(self, announcement: Announcement) -> None:
         """For the bus: an announcement came."""
+        if self._error is not None:
+            return
         if len(self._queue) >= self._limit:
             self._queue.popleft()
             self.missed += 1
