@@ -6,6 +6,8 @@ The yardstick is a C program over the same ring code (csrc/yardstick.c):
           Python endpoints sleep on
     (b)   polling: neither side sleeps
 
+Both send one message with each call, as OpenAMP's C interface has it, and take what is there.
+
 Every case boots a core for each contender and brings its rings up with the same code. Messages
 are numbered, and what arrives is checked, on both sides.
 
@@ -347,7 +349,7 @@ class CContender:
             if case.loop == "flood":
                 return self._yardstick.flood(
                     size=size,
-                    batch=case.batch,
+                    batch=1,
                     seconds=seconds,
                     source=_ADDRESS,
                     sources=endpoints,

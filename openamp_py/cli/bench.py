@@ -25,7 +25,7 @@ from openamp_py.session import CORES
 _LEGEND = """\
 Medians of {repeat}; messages per second, or round trips where messages return. {cpus}
 (a): the same loop in C on both sides, which sleep on the link's doorbell, a stream socket, as
-Python does{loopback}. (b): the same, but neither side sleeps.
+Python does{loopback}. (b): the same, but neither side sleeps. Both send one message with each call.
 Ratio: of time for a ping and for several endpoints (ep), otherwise of rate.
 ping: one message out at a time (-sleep: without polling; -hogs: with a busy process on each CPU);
 flood: one way, {batch} with each call; flood-single: one way, one with each call; echo: as many

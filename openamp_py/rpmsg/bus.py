@@ -123,10 +123,18 @@ class _Batch:
         self.payloads = payloads
         self.done = 0
         self.offset = 0
+        self.is_done = not payloads
 
-    @property
-    def is_done(self) -> bool:
-        return self.done == len(self.payloads)
+    def went(self, count: int) -> int:
+        """So many more have been sent. Returns the bytes of those."""
+        before, self.done = self.done, self.done + count
+        self.is_done = self.done == len(self.payloads)
+        if self.is_done:
+            length = len(self.data) - self.offset
+        else:
+            length = sum(map(len, self.payloads[before : self.done]))
+        self.offset += length
+        return length
 
 
 class _Watch(trio.abc.Instrument):
@@ -593,10 +601,7 @@ class Bus:
                 raise self.broken("send") from error
             if sent < 0:
                 return self._no_buffer(sent, len(batch.payloads[batch.done]))
-            length = sum(map(len, batch.payloads[batch.done : batch.done + sent]))
-            batch.done += sent
-            batch.offset += length
-            count(sent, length)
+            count(sent, batch.went(sent))
             if kick or self._options.always_kick:
                 self.kick()
         return True

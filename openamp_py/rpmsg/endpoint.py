@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 import trio
 from trio.lowlevel import checkpoint_if_cancelled
@@ -32,6 +32,8 @@ Payload = bytes | bytearray | memoryview
 
 Handler = Callable[[Message], Awaitable[None]]
 """What `Endpoint.serve` calls for each message."""
+
+_ONLY_BYTES: Final = frozenset((bytes,))
 
 CLOSE_GRACE = 1.0
 """Seconds that `aclose` waits for a buffer to send the withdrawal in, when all are out."""
@@ -778,8 +780,8 @@ class Endpoint:
         return data
 
     def _check_payloads(self, payloads: Sequence[Payload]) -> list[bytes]:
-        if set(map(type, payloads)) <= {bytes}:
-            parts = [*payloads]
+        parts = [*payloads]
+        if set(map(type, parts)) <= _ONLY_BYTES:
             self._check_length(max(map(len, parts), default=0))
             return parts  # type: ignore[return-value]  # they are all bytes
         return [self._check_payload(payload) for payload in payloads]
