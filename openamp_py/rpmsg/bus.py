@@ -359,7 +359,9 @@ class Bus:
             trio.ClosedResourceError: the bus was closed here.
         """
         await trio.lowlevel.checkpoint()
+        generation = self._generation
         while True:
+            self.check_generation(generation)
             for channel in self._registry:
                 if channel.name == name:
                     return channel

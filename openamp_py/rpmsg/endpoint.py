@@ -317,22 +317,25 @@ class Endpoint:
         """
         self._check_length(length)
         await self._bus.pause()
-        await self._wait_peer()
-        reservation = self._bus.reserve(self.address, length)
-        if reservation is None:
-            self._waits += 1
-            found: list[Reservation] = []
+        found: list[Reservation] = []
 
-            def attempt() -> bool:
-                taken = self._bus.reserve(self.address, length, has_turn=True)
-                if taken is not None:
-                    found.append(taken)
-                return taken is not None
+        def attempt(*, has_turn: bool = True) -> bool:
+            reservation = self._bus.reserve(self.address, length, has_turn=has_turn)
+            if reservation is not None:
+                found.append(reservation)
+            return reservation is not None
 
-            await self._bus.wait_for_buffers(self, attempt)
-            (reservation,) = found
-        with self._sent_at_end(reservation):
+        while not found:
+            peer = await self._wait_peer()
+            if not attempt(has_turn=False):
+                self._waits += 1
+                await self._bus.wait_for_buffers(self, attempt, peer=peer)
+        (reservation,) = found
+        with contextlib.closing(reservation):
             yield reservation
+            if not reservation.is_discarded:
+                # It may have gone during the block, and another come.
+                self._commit(reservation, await self._wait_peer())
 
     @contextmanager
     def reserve_nowait(self, length: int | None = None) -> Iterator[Reservation]:
@@ -342,8 +345,10 @@ class Endpoint:
         reservation = self._bus.reserve(self.address, length)
         if reservation is None:
             raise trio.WouldBlock(f"{self!r}: no buffer is free")
-        with self._sent_at_end(reservation):
+        with contextlib.closing(reservation):
             yield reservation
+            if not reservation.is_discarded:
+                self._commit(reservation, self._peer())
 
     # Receiving.
 
@@ -849,12 +854,6 @@ class Endpoint:
         self._sent += count
         self._sent_bytes += length
 
-    @contextmanager
-    def _sent_at_end(self, reservation: Reservation) -> Iterator[None]:
-        try:
-            yield
-            if not reservation.is_discarded:
-                reservation.commit(self._peer())
-                self._count_sent(1, reservation.length)
-        finally:
-            reservation.discard()
+    def _commit(self, reservation: Reservation, destination: int) -> None:
+        reservation.commit(destination)
+        self._count_sent(1, reservation.length)

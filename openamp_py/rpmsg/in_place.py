@@ -69,6 +69,8 @@ class Reservation:
         if self._end():
             self._buffers.cancel(self)
 
+    close = discard
+
     def commit(self, destination: int) -> None:
         """For the endpoint: sends the message."""
         if self._error is not None:
