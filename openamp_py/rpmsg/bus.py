@@ -750,17 +750,18 @@ class Bus:
 
     def _deliver_mixed(self, arrivals: list[Arrival]) -> None:
         for arrival in arrivals:
-            endpoint = self._endpoints.get(arrival.destination)
+            destination, messages, length, kept, head = arrival
+            endpoint = self._endpoints.get(destination)
             if endpoint is None:
-                if arrival.kept:
-                    self._give_back([arrival.head])
-                self._deliver_elsewhere(arrival.destination, arrival.messages)
-            elif arrival.kept == RETURNED:
-                endpoint.deliver(arrival.messages, arrival.length)
+                if kept:
+                    self._give_back([head])
+                self._deliver_elsewhere(destination, messages)
+            elif kept == RETURNED:
+                endpoint.deliver(messages, length)
             else:
                 self._kept += 1
                 endpoint.deliver_kept(arrival)
-        if self._is_starved:
+        if self._kept and self._is_starved:
             self._starved.set()
 
     def release(self, heads: Sequence[int]) -> None:

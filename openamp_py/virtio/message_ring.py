@@ -84,6 +84,8 @@ class Arrival(NamedTuple):
     """The kept buffer."""
 
 
+_make_arrival = functools.partial(tuple.__new__, Arrival)
+
 _NO_MESSAGES: list[Message] = []
 _NO_ARRIVALS: list[Arrival] = []
 
@@ -163,7 +165,8 @@ class MessageRing:
             self._record_bytes = memoryview(ffi.buffer(self._records))
             room = buffer_size - HEADER_SIZE + SOURCE_SIZE
             self._data = ffi.new("uint8_t[]", self._batch * room)
-            self._data_bytes = memoryview(ffi.buffer(self._data))
+            self._data_buffer = ffi.buffer(self._data)
+            self._data_bytes = memoryview(self._data_buffer)
         if queue.role is Role.DRIVER:
             if pool is None or pool[1].nbytes < num * buffer_size:
                 raise ValueError(f"{queue.name}: {num * buffer_size} bytes of buffers are needed")
@@ -345,19 +348,21 @@ class MessageRing:
         return result, destination, length, messages, _NO_ARRIVALS
 
     def _sort_out(self, count: int) -> list[Arrival]:
-        data = self._data_bytes
+        data = self._data_buffer
         records = self._record_bytes[: count * _RECORD.size]
         return [
-            Arrival(
-                destination,
-                [
-                    Message(
-                        b"" if kept == IN_PLACE else bytes(data[offset : offset + length]), source
-                    )
-                ],
-                length,
-                kept,
-                head,
+            _make_arrival(
+                (
+                    destination,
+                    [
+                        _make_message(
+                            (b"" if kept == IN_PLACE else data[offset : offset + length], source)
+                        )
+                    ],
+                    length,
+                    kept,
+                    head,
+                )
             )
             for destination, length, kept, source, offset, head in _RECORD.iter_unpack(records)
         ]

@@ -750,6 +750,7 @@ async def test_messages_for_nobody_are_counted_and_their_buffers_returned() -> N
 
 
 async def test_malformed_announcements_are_counted() -> None:
+    """Acceptance scenario 7 (OA#349): names that are none, and messages of a wrong length."""
     good = encode_announcement(Announcement(Channel("ok", 1024)))
     async with _raw_remote() as (bus, remote, _):
         for payload in (b"", good[:10], good + b"x", b"\0" * 40, good[:32] + b"\xff" * 8):
@@ -844,6 +845,7 @@ async def test_acknowledgements_wait_for_buffers_and_are_not_lost() -> None:
 
 
 async def test_an_impossible_index_breaks_the_bus_with_the_reason() -> None:
+    """Acceptance scenario 7 (OA#696): the used index jumps."""
     async with _raw_remote() as (bus, _remote, device), bus.open_endpoint("echo") as endpoint:
         used_index = 0x6000 + 2
         memory = device.memory.find_da(used_index, 2)

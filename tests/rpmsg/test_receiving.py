@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openamp_py import (
+    Bus,
     Drops,
     Endpoint,
     HeldMessage,
@@ -357,6 +358,107 @@ async def test_both_sides_full_and_handlers_that_reply(open_pair: Any, concurren
             assert replace(bus.drops, unknown_destination=0) == Drops()  # some came after the end
 
 
+@pytest.mark.parametrize("concurrency", [1, 2])
+async def test_serve_that_is_cancelled_leaves_nothing_behind(
+    open_pair: Any, concurrency: int
+) -> None:
+    """No generator that only the garbage collector ends: warnings are errors."""
+    async with open_pair() as pair, _bound(pair) as (host, remote):
+        await _numbers(host, 3)
+
+        async def handle(_: Message) -> None:
+            await trio.sleep_forever()
+
+        async def serve() -> None:
+            await remote.serve(handle, concurrency=concurrency)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            await _settle()
+            nursery.cancel_scope.cancel()
+        assert remote.statistics.queued == 3 - concurrency
+
+
+async def test_the_end_of_the_peer_is_one_error_also_where_handlers_send(open_pair: Any) -> None:
+    cause = PeerGoneError("gone")
+    async with open_pair(_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+
+        async def handle(_: Message) -> None:
+            while True:
+                await host.send(b"reply")
+
+        async def serve() -> None:
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await host.serve(handle, concurrency=3)
+            assert caught.value.__cause__ is cause
+
+        await remote.send_many([b"1", b"2"])
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(serve)
+            await _settle()
+            pair.host_device.fail(cause)
+
+
+async def test_holding_lets_other_tasks_run(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair, in_place=True) as (host, remote):
+        turns = 0
+
+        async def beside() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await trio.lowlevel.checkpoint()
+
+        for _ in range(200):
+            remote.send_nowait(b"x")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(beside)
+            begin = trio.current_time()
+            while trio.current_time() - begin < 0.01:
+                (await host.hold()).release()
+                remote.send_nowait(b"x")
+            assert turns > 3
+            nursery.cancel_scope.cancel()
+
+
+async def test_five_endpoints_both_ways(open_pair: Any) -> None:
+    """Acceptance scenario 9 (OA#217, RL#63), the short form; `openamp bench soak` is the long."""
+    async with open_pair(_table(8)) as pair, trio.open_nursery() as nursery:
+        done = 0
+        payloads = [number.to_bytes(2, "little") for number in range(400)]
+
+        async def use(bus: Bus, address: int) -> None:
+            nonlocal done
+            async with bus.open_endpoint(
+                address=address, destination=address, queue_limit=3
+            ) as endpoint:
+                await barrier.wait()
+
+                async def send() -> None:
+                    for payload in payloads:
+                        await endpoint.send(bytes((address,)) + payload)
+
+                async with trio.open_nursery() as inner:
+                    inner.start_soon(send)
+                    for payload in payloads:
+                        expected = bytes((address,)) + payload
+                        assert await endpoint.receive() == (expected, address)
+                done += 1
+                await trio.sleep_forever()
+
+        barrier = trio.Event()
+        for address in range(60, 65):
+            nursery.start_soon(use, pair.host, address)
+            nursery.start_soon(use, pair.remote, address)
+        await _settle()
+        barrier.set()
+        with trio.fail_after(20):
+            while done < 10:
+                await _settle()
+        nursery.cancel_scope.cancel()
+    assert pair.host.drops == pair.remote.drops == Drops()
+
+
 # In place
 
 
@@ -515,6 +617,37 @@ async def test_a_held_message_can_be_read_after_a_reset(open_pair: Any) -> None:
             await remote.hold()
         with held:
             pass
+
+
+async def test_releasing_after_the_peer_is_gone_says_so(open_pair: Any) -> None:
+    cause = PeerGoneError("gone")
+    async with open_pair() as pair, _bound(pair, in_place=True) as (host, remote):
+        await remote.send(b"x")
+        held = await host.hold()
+        pair.host_device.fail(cause)
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            held.release()
+        assert caught.value.__cause__ is cause
+        assert pair.host.statistics.held == 0
+
+
+async def test_a_view_that_is_still_looked_at(open_pair: Any) -> None:
+    """As numpy.frombuffer or struct.iter_unpack do: neither release nor closing fails."""
+    async with open_pair(_table(2)) as pair, _bound(pair, in_place=True) as (host, remote):
+        for _ in range(4):
+            await host.send(b"abcdefgh")
+            held = await remote.hold()
+            numbers = struct.iter_unpack("<I", held.view)
+            held.release()
+            assert pair.remote.statistics.held == 0
+            del numbers
+            await _settle()
+        await remote.send(b"abcdefgh")
+        held = await host.hold()
+        numbers = struct.iter_unpack("<I", held.view)
+        await pair.host.aclose()
+        assert pair.host_device.status == 0
+        del numbers
 
 
 async def test_waiting_to_hold_ends_with_the_endpoint(open_pair: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from openamp_py import ADDRESS_ANY, Bus, Endpoint, PeerGoneError, WhenFull
+from openamp_py import ADDRESS_ANY, Bus, Drops, Endpoint, PeerGoneError, WhenFull
 from openamp_py.constants import RPMSG_F_NS
 from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
 
@@ -189,7 +190,7 @@ async def test_reservations_are_sent_in_the_order_they_end(open_pair: Any) -> No
 
 
 async def test_calls_that_need_not_wait_let_other_tasks_run(open_pair: Any) -> None:
-    """`send`, `send_to` and `send_many` give others a turn every 0.1 ms or so."""
+    """Each way of sending gives others a turn every 0.1 ms or so."""
     options = {"queue_limit": 1, "when_full": WhenFull.DROP_NEWEST}
     async with open_pair() as pair, _bound(pair, **options) as (host, _remote):
         turns = 0
@@ -200,9 +201,15 @@ async def test_calls_that_need_not_wait_let_other_tasks_run(open_pair: Any) -> N
                 turns += 1
                 await trio.lowlevel.checkpoint()
 
+        async def build() -> None:
+            async with host.reserve() as reservation:
+                reservation.discard()
+
         async with trio.open_nursery() as nursery:
             nursery.start_soon(beside)
             calls: list[Callable[[], Awaitable[None]]] = [
+                build,
+                lambda: host.send_from(b"x", 5, 4711),
                 lambda: host.send_to(b"x", 4711),
                 lambda: host.send(b"x"),
                 lambda: host.send_many([b"x", b"y"]),
@@ -380,6 +387,20 @@ async def test_a_discarded_reservation_goes_to_who_waits(open_pair: Any) -> None
             assert await _receive(remote, 1) == [b"waited"]
 
 
+async def test_a_view_that_is_still_looked_at_loses_no_buffer(open_pair: Any) -> None:
+    """As numpy.frombuffer or struct.iter_unpack do."""
+    async with open_pair(_table(2)) as pair, _bound(pair) as (host, remote):
+        for _ in range(4):
+            async with host.reserve(8) as reservation:
+                numbers = struct.iter_unpack("<I", reservation.view[:8])
+                whole = struct.iter_unpack("<I", reservation.view)
+                reservation.view[:8] = b"abcdefgh"
+            assert pair.host.statistics.reserved == 0
+            assert await _receive(remote, 1) == [b"abcdefgh"]
+            del numbers, whole
+        await _circulates(pair, 2)
+
+
 # Cancelling
 
 
@@ -547,6 +568,44 @@ async def test_a_reservation_whose_endpoint_or_link_ends_is_not_sent(
         assert bus.statistics.reserved == 0
         assert sender.statistics.sent == 0
         reservation.discard()
+
+
+async def test_a_waiting_send_ends_when_its_channel_is_withdrawn(open_pair: Any) -> None:
+    """It waits for a buffer, and is not sent to where nobody is any more."""
+    async with open_pair(_table(2)) as pair, pair.host.open_endpoint(NAME) as host:
+        errors: list[BaseException] = []
+
+        async def send() -> None:
+            with pytest.raises(trio.BrokenResourceError, match="withdrew") as caught:
+                await host.send(b"precious")
+            errors.append(caught.value)
+
+        async with (
+            trio.open_nursery() as nursery,
+            pair.remote.open_endpoint(NAME, queue_limit=1),
+        ):
+            await host.wait_bound()
+            await _settle()
+            await _fill(host)
+            nursery.start_soon(send)
+            await _settle()
+            assert errors == []
+        assert isinstance(errors[0].__cause__, PeerGoneError)
+        await _settle()
+        assert pair.remote.drops == Drops()
+
+
+async def test_a_reservation_for_a_channel_that_was_withdrawn_meanwhile(open_pair: Any) -> None:
+    async with open_pair(_table(2)) as pair, pair.host.open_endpoint(NAME) as host:
+        async with pair.remote.open_endpoint(NAME) as remote:
+            await host.wait_bound()
+            with pytest.raises(trio.BrokenResourceError, match="withdrew"):
+                async with host.reserve(3):
+                    await remote.aclose()
+                    await _settle()
+                    assert host.is_withdrawn
+        await _settle()
+        await _circulates(pair, 2)
 
 
 async def test_the_buffer_of_a_closed_endpoints_reservation_is_free_again(open_pair: Any) -> None:
