@@ -74,8 +74,7 @@ int32_t message_ring_fill(struct message_ring *ring)
         if (vq_add(q, &span, 0, 1) < 0)
             return VQ_BROKEN;
     }
-    (void)vq_publish(q);
-    return 0;
+    return vq_publish(q) < 0 ? VQ_BROKEN : 0;
 }
 
 /* Copies bytes into a chain from `skip` on. The caller has checked that it has room for so many. */
@@ -359,10 +358,7 @@ int32_t message_ring_cancel(struct message_ring *ring, uint16_t head)
     if (!is_reserved(ring, head))
         return VQ_EMPTY;
     if (q->driver) {
-        q->slots[head].state = VQ_SLOT_FREE;
-        q->slots[head].next = q->free_head;
-        q->free_head = head;
-        q->free_count++;
+        free_chain(q, head);
     } else {
         ring->spares[ring->spare_count++] = head;
     }
@@ -439,7 +435,7 @@ static RARE uint32_t choose_kept(const struct message_ring *ring, const struct r
 {
     uint32_t kept = how & MESSAGE_GIVE_BACK ? look_up_keep(ring, dst) : MESSAGE_KEPT;
     int in_parts = !ring->queue->driver && chain->pa == 0;
-    return kept == MESSAGE_IN_PLACE && in_parts ? MESSAGE_RETURNED : kept;
+    return kept == MESSAGE_IN_PLACE && in_parts ? MESSAGE_KEPT : kept;
 }
 
 /* Takes the chain that was looked at and keeps it for message_ring_release. */
@@ -483,20 +479,24 @@ INLINE int32_t receive(struct message_ring *ring, int driver, int choose, struct
     struct vq *q = ring->queue;
     struct message_record *record = records;
     uint8_t *next = data;
-    uint32_t taken = 0;
+    uint32_t taken = 0, retries = 0;
     if (q->fault)
         return VQ_BROKEN;
-    /* `taken` bounds the call also when every message is bad. */
+    /* `taken` bounds the call also when every message is bad, `retries` when the other side only
+     * seems to have more. */
     while (taken < max) {
         struct received chain;
         struct header header = {0, 0};
         int32_t head = look(ring, driver, &chain);
         if (head < 0) {
-            if (head == VQ_BROKEN)
-                return VQ_BROKEN;
+            if (head == VQ_BROKEN) {
+                if (record == records)
+                    return VQ_BROKEN;
+                break; /* what came before is good; the next call tells */
+            }
             if (q->event_idx && taken)
                 q->quiet = 1; /* the wish named an index that now lies behind */
-            if (q->quiet && !(how & MESSAGE_STAY_QUIET) && vq_notify_on(q))
+            if (q->quiet && !(how & MESSAGE_STAY_QUIET) && vq_notify_on(q) && retries++ < max)
                 continue;
             break;
         }
@@ -549,9 +549,11 @@ INLINE int32_t receive(struct message_ring *ring, int driver, int choose, struct
     if (q->event_idx && taken >= max)
         q->quiet = 1;
     const uint32_t received = (uint32_t)(record - records);
-    const int unasked = q->quiet && !(how & MESSAGE_STAY_QUIET);
-    const uint32_t more = taken >= max && (unasked || vq_pending(q)) ? (uint32_t)MESSAGE_MORE : 0u;
     ring->messages += received;
+    if (q->fault)
+        return (int32_t)received;
+    const int unasked = q->quiet && !(how & MESSAGE_STAY_QUIET);
+    const uint32_t more = (taken >= max || retries > max) && (unasked || vq_pending(q)) ? (uint32_t)MESSAGE_MORE : 0u;
     return (int32_t)(received | more | (are_alike(records, received) ? (uint32_t)MESSAGE_ALIKE : 0u) |
                      (tell(ring, driver) ? (uint32_t)MESSAGE_KICK : 0u));
 }

@@ -30,7 +30,8 @@
 /* What becomes of a received message's buffer, in its record. */
 #define MESSAGE_RETURNED 0
 #define MESSAGE_KEPT 1     /* the buffer waits for message_ring_release; the payload was copied */
-#define MESSAGE_IN_PLACE 2 /* the same, and the payload is only there: at places[head] */
+#define MESSAGE_IN_PLACE 2 /* the same, but the payload is only there: at places[head]. One that came in
+                            * several descriptors is copied after all: MESSAGE_KEPT */
 
 struct message_record { /* one received message; packed like the caller unpacks it */
     uint32_t dst;

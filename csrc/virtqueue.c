@@ -160,14 +160,7 @@ int32_t vq_get_used(struct vq *q, uint32_t *length)
     int32_t head = hold_used(q, length);
     if (head < 0)
         return head;
-    uint32_t count = q->slots[head].extent;
-    uint16_t last = (uint16_t)head;
-    for (uint32_t i = 1; i < count; i++)
-        last = q->slots[last].next;
-    q->slots[last].next = q->free_head;
-    q->slots[head].state = VQ_SLOT_FREE;
-    q->free_head = (uint16_t)head;
-    q->free_count = (uint16_t)(q->free_count + count);
+    free_chain(q, (uint16_t)head);
     return head;
 }
 

@@ -189,6 +189,19 @@ INLINE int32_t hold_used(struct vq *q, uint32_t *length)
     return head;
 }
 
+/* Driver: the descriptors of a chain that is neither out nor wanted any more are free again. */
+static inline void free_chain(struct vq *q, uint16_t head)
+{
+    uint32_t count = q->slots[head].extent;
+    uint16_t last = head;
+    for (uint32_t i = 1; i < count; i++)
+        last = q->slots[last].next;
+    q->slots[last].next = q->free_head;
+    q->slots[head].state = VQ_SLOT_FREE;
+    q->free_head = head;
+    q->free_count = (uint16_t)(q->free_count + count);
+}
+
 static inline struct desc load_descriptor(const struct desc *shared)
 {
     return (struct desc){.addr = __atomic_load_n(&shared->addr, __ATOMIC_RELAXED),

@@ -205,9 +205,11 @@ class RemoteProcessor:
         finally:
             self._life = None
             _logger.info("%s", cause)
-            if resources:
-                resources.fail(cause)
-            life.ended.set()
+            try:
+                if resources:
+                    resources.fail(cause)
+            finally:
+                life.ended.set()
 
     async def _end_life(self) -> None:
         life = self._life

@@ -25,6 +25,7 @@ class AddressSpace:
         self._used: set[int] = set()
         self._next = FIRST_DYNAMIC_ADDRESS
         self._returned: list[int] = []
+        self._waiting: set[int] = set()  # the same addresses
 
     def take(self, address: int = ADDRESS_ANY) -> int:
         """Takes `address`, or with ADDRESS_ANY a free one.
@@ -47,12 +48,14 @@ class AddressSpace:
     def give_back(self, address: int) -> None:
         """Frees an address that `take` returned."""
         self._used.remove(address)
-        if FIRST_DYNAMIC_ADDRESS <= address < self._next:
+        if FIRST_DYNAMIC_ADDRESS <= address < self._next and address not in self._waiting:
+            self._waiting.add(address)
             heapq.heappush(self._returned, address)
 
     def _lowest_free(self) -> int:
         while self._returned:
             address = heapq.heappop(self._returned)
+            self._waiting.remove(address)
             if address not in self._used:
                 return address
         while self._next in self._used:

@@ -20,6 +20,7 @@ from openamp_py.errors import (
     OpenAMPError,
     PeerError,
     PeerGoneError,
+    PlatformError,
     ResourceTableError,
     StateError,
     VirtqueueError,
@@ -40,9 +41,11 @@ from openamp_py.rpmsg.wire import (
 )
 from openamp_py.virtio import Message, MessageRing, Role, VirtioDevice
 from openamp_py.virtio.message_ring import (
+    HEADER_SIZE,
     IN_PLACE,
     KEPT,
     KICK,
+    MAX_BUFFER_SIZE,
     MIXED,
     POLL_HIT,
     POLLED,
@@ -72,7 +75,7 @@ class BusOptions:
     """How a bus works its link.
 
     Raises:
-        ValueError: a time that is not possible.
+        ValueError: a size or a time that is not possible.
     """
 
     send_buffer_size: int = DEFAULT_BUFFER_SIZE
@@ -85,8 +88,8 @@ class BusOptions:
     that other tasks are kept waiting by it. 0: never. None: 0.1 ms, or never where this process has
     one CPU. It learns whether it pays, and costs nothing while nothing happens."""
     patience: float = 1.0
-    """Seconds until an endpoint that keeps the link's last buffer and is not read loses what
-    it holds; ``math.inf`` for never. See `WhenFull.HOLD_BACK`."""
+    """Seconds until an endpoint that is not read loses the buffers it keeps, where half of the
+    link's buffers are kept; ``math.inf`` for never. See `WhenFull.HOLD_BACK`."""
     always_kick: bool = False
     """Kicks whatever the peer says: for one whose wish cannot be trusted (rpmsg-lite masters)."""
     recheck: float | None = None
@@ -95,6 +98,13 @@ class BusOptions:
 
     def __post_init__(self) -> None:
         Polling(self.polling)
+        for direction in ("send", "receive"):
+            size = getattr(self, f"{direction}_buffer_size")
+            if not HEADER_SIZE < size <= MAX_BUFFER_SIZE:
+                raise ValueError(
+                    f"{direction} buffers of {size} bytes; "
+                    f"{HEADER_SIZE + 1} to {MAX_BUFFER_SIZE} are possible"
+                )
         if not self.patience >= 0:
             raise ValueError(f"a patience of {self.patience} s; 0 s or more are possible")
         if self.recheck is not None and not 0 < self.recheck < float("inf"):
@@ -102,8 +112,6 @@ class BusOptions:
 
 
 DEFAULT_OPTIONS = BusOptions()
-
-_POLLED_OR_KICK = POLLED | KICK
 
 
 class _Turn:
@@ -187,13 +195,14 @@ class Bus:
         self._news = trio.lowlevel.ParkingLot()
         self._starved = trio.Event()
         self._counts: Counter[str] = Counter()
-        self._kicks_received = 0
+        self._kicks_received = self._unwanted_kicks = 0
         self._waits = 0
         self._kept = 0
         self._generation = 0
         self._past: Counter[str] = Counter()
         self._closed = self._restarting = False
         self._usable = False  # open, and the link is well
+        self._begun = False  # the device is up and ours
         self._looked = self._asked = False
         self._trio_token = trio.lowlevel.current_trio_token()
         self._rings = AsyncExitStack()
@@ -209,6 +218,7 @@ class Bus:
             await self._begin(device, Counter())
             yield
         finally:
+            await self.aclose()
             await self._rings.aclose()
 
     async def _begin(self, device: VirtioDevice, past: Counter[str]) -> None:
@@ -229,14 +239,14 @@ class Bus:
         self._send_index = _TO_DEVICE if driver else _TO_DRIVER
         self._receive_index = _TO_DRIVER if driver else _TO_DEVICE
         self._names = bool(device.features & RPMSG_F_NS)
-        self.kick = functools.partial(device.kick, self._send_index)
-        self._kick_receive = functools.partial(device.kick, self._receive_index)
+        self.kick = functools.partial(self._kick, self._send_index)
         self._kept = 0
         self._keep = {
             endpoint.address: IN_PLACE for endpoint in self._endpoints.values() if endpoint.in_place
         }
         receiving.keep(self._keep)
         self.failure = None
+        self._begun = True
         self._usable = not self._closed
         self.blocked = bool(self._turns) or self._options.always_kick
         device.on_notify = self._notified
@@ -304,8 +314,8 @@ class Bus:
             sent_bytes=rings["sent_bytes"],
             received=rings["received"],
             received_bytes=rings["received_bytes"],
-            kicks_sent=rings["kicks"],
-            kicks_suppressed=rings["unkicked"],
+            kicks_sent=rings["kicks"] + self._unwanted_kicks,
+            kicks_suppressed=rings["unkicked"] - self._unwanted_kicks,
             kicks_received=self._kicks_received,
             buffer_waits=self._waits,
             polls=self._polling.tried,
@@ -451,7 +461,7 @@ class Bus:
             if in_place:
                 self.choose_buffers(endpoint)
             if name is not None and not endpoint.is_bound:
-                self._bind_to_known(endpoint, name)
+                self._bind_to_known(endpoint)
             if endpoint.wants_announcing and self._names:
                 await endpoint.announce()
             yield endpoint
@@ -478,12 +488,11 @@ class Bus:
         if device is self._device:
             raise StateError(f"{device.name} was driven before; start its processor anew")
         failure = self.failure or PeerGoneError(f"{self._device.name} was given up here")
-        if self.failure is None and self.role is Role.DRIVER:
-            self._device.end()
         self._fail(failure)
         self._let_go(self.broken("bus"))
         self._registry = ChannelRegistry()
         self._replies.clear()
+        self._kept = 0
         for endpoint in tuple(self._endpoints.values()):
             if not endpoint.revive():
                 endpoint.lose(failure)
@@ -494,8 +503,7 @@ class Bus:
             self._rings = AsyncExitStack()
             await self._begin(device, self._count_rings())
             if self._closed:
-                if self.role is Role.DRIVER:
-                    device.end()
+                self._let_go(trio.ClosedResourceError("the bus was closed"))
                 await self._rings.aclose()
                 raise trio.ClosedResourceError("the bus was closed")
         except BaseException:
@@ -507,8 +515,6 @@ class Bus:
             self._restarting = False
         self._generation += 1
         for endpoint in self._endpoints.values():
-            if endpoint.name is not None and not endpoint.is_bound:
-                self._bind_to_known(endpoint, endpoint.name)
             if endpoint.announces_again() and self._names:
                 self._replies[endpoint] = None
         self._send_replies()
@@ -525,10 +531,7 @@ class Bus:
             self._closed = True
             self._usable = False
             self._wake_all()
-            failed = self.failure is not None
             self._let_go(trio.ClosedResourceError("the bus was closed"))
-            if self.role is Role.DRIVER and not failed:
-                self._device.end()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     # What follows is for the endpoints.
@@ -569,8 +572,7 @@ class Bus:
             raise self.broken("send") from error
         if result < 0:
             return self._no_buffer(result, len(payload))
-        if result or self._options.always_kick:
-            self.kick()
+        self._tell(self._send_index, wanted=bool(result))
         return True
 
     def encode_batch(self, payloads: Sequence[bytes]) -> _Batch:
@@ -604,8 +606,7 @@ class Bus:
             if sent < 0:
                 return self._no_buffer(sent, len(batch.payloads[batch.done]))
             count(sent, batch.went(sent))
-            if kick or self._options.always_kick:
-                self.kick()
+            self._tell(self._send_index, wanted=kick)
         return True
 
     def reserve(
@@ -641,8 +642,7 @@ class Bus:
         except VirtqueueError as error:
             self._fail(error)
             raise self.broken("send") from error
-        if kick or self._options.always_kick:
-            self.kick()
+        self._tell(self._send_index, wanted=kick)
 
     def cancel(self, reservation: Reservation) -> None:
         """Makes a reserved buffer free again."""
@@ -725,14 +725,11 @@ class Bus:
         except VirtqueueError as error:
             self._fail(error)
             return True
-        if bits & _POLLED_OR_KICK:
-            if bits & POLLED:
-                hit = bool(bits & POLL_HIT)
-                self._polling.learn(hit)
-                if not hit:
-                    self.poll_now = 0  # until trio ran the other tasks
-            if bits & KICK:
-                self._kick_receive()
+        if bits & POLLED:
+            hit = bool(bits & POLL_HIT)
+            self._polling.learn(hit)
+            if not hit:
+                self.poll_now = 0  # until trio ran the other tasks
         if destination != MIXED:
             endpoint = self._endpoints.get(destination)
             if endpoint is not None:
@@ -744,8 +741,8 @@ class Bus:
         if turns:
             self._call_next()
         came = bool(messages or mixed)
-        if came and self._options.always_kick:
-            self._kick_receive()
+        if bits & KICK or (came and self._options.always_kick):
+            self._tell(self._receive_index, wanted=bool(bits & KICK))
         return came or bool(bits & POLL_HIT)
 
     def _deliver_mixed(self, arrivals: list[Arrival]) -> None:
@@ -813,9 +810,13 @@ class Bus:
             return  # it did not go on over the present device
         self._remove(endpoint)
         self._keep.pop(endpoint.address, None)
+        self.release(heads)
         if self._usable:
             self._receiving.keep(self._keep)
-            self.release(heads)
+            # Its peer may be what another endpoint of this name waits for.
+            for other in self._endpoints.values():
+                if other.name is not None and other.name == endpoint.name and not other.is_bound:
+                    self._bind_to_known(other)
         self.call_waiting(endpoint)
 
     # What follows is for _Watch.
@@ -842,9 +843,13 @@ class Bus:
 
     @property
     def _is_starved(self) -> bool:
-        """Whether queued messages keep the last of the peer's buffers."""
+        """Whether queued messages keep so many buffers that the peer may have no other.
+
+        How many it has is not known: not more than entries, but perhaps fewer, or some of them
+        are being built in, or a message takes several.
+        """
         num = self._receiving.queue.layout.num
-        return self._kept > 0 and self._kept + len(self._in_hand) >= num
+        return self._kept > 0 and 2 * (self._kept + len(self._in_hand)) >= num
 
     def _check_usable(self) -> None:
         if not self._usable:
@@ -878,6 +883,9 @@ class Bus:
             # What came after the last look since trio woke up is found before it sleeps again.
             if not self._looked:
                 self._look()
+        self._check_up()
+
+    def _check_up(self) -> None:
         if self._usable and not self._device.is_up:
             self._device_failed(
                 PeerGoneError(
@@ -898,6 +906,7 @@ class Bus:
         while True:
             await trio.sleep(seconds)
             self._look()
+            self._check_up()
 
     async def _give_up_unread(self) -> None:
         while True:
@@ -918,17 +927,29 @@ class Bus:
                 if endpoint.occupies and endpoint.taken == taken:
                     # As text: whoever keeps the record must not keep the bus.
                     what = repr(endpoint)
-                    _logger.warning("%s keeps the last buffers and is not read", what)
+                    _logger.warning("%s keeps the link's buffers and is not read", what)
                     endpoint.give_up_held()
             if self._is_starved:
                 self._starved.set()
+
+    def _tell(self, index: int, *, wanted: bool) -> None:
+        """Kicks for a vring where the other side wants it, or is never believed."""
+        if wanted or self._options.always_kick:
+            self._unwanted_kicks += not wanted
+            self._kick(index)
+
+    def _kick(self, index: int) -> None:
+        try:
+            self._device.kick(index)
+        except OSError as error:
+            self._fail(PlatformError(f"{self._device.name}: cannot kick: {error}"))
 
     def _no_buffer(self, result: int, length: int) -> bool:
         """Sorts out why a message did not go. Returns False where there is no buffer."""
         if result != SMALL_BUFFER:
             return False
         if length > self.payload_limit:
-            return False  # the caller's fault, who will find out
+            raise ValueError(f"payload of {length} bytes; the limit is {self.payload_limit} bytes")
         raise trio.BrokenResourceError("send") from PeerError(
             f"{self._device.name}: the driver lent a buffer that is too small for "
             f"{length} bytes of payload; this side was told of "
@@ -947,11 +968,13 @@ class Bus:
             except VirtqueueError as error:
                 self._fail(error)
                 return
-            if kick or self._options.always_kick:
-                self._kick_receive()
+            self._tell(self._receive_index, wanted=kick)
 
     def _let_go(self, error: Exception) -> None:
         """The device is not ours any more, nor are the buffers that users have in hand."""
+        if self._begun and self.role is Role.DRIVER and self._device.failure is None:
+            self._device.end()
+        self._begun = False
         self._device.on_notify = self._device.on_failure = None
         self.transmit = transmit_closed
         for held in self._in_hand:
@@ -991,10 +1014,12 @@ class Bus:
         channel = announcement.channel
         if announcement.destroy:
             refusal = self._registry.destroy(channel)
-            self._unbind(channel)
+            if self._unbind(channel):
+                refusal = None  # it was bound by a message, without an announcement
         else:
             refusal = self._registry.create(channel)
-            self._bind_and_acknowledge(channel)
+            if refusal is None:
+                self._bind(channel)
         if refusal:
             self._refuse_announcement(f"{channel}", refusal)
         else:
@@ -1012,45 +1037,60 @@ class Bus:
             _level(count), "%s: announcement of %s refused: %s", self._device.name, what, why
         )
 
-    def _unbind(self, channel: Channel) -> None:
-        for endpoint in self._endpoints.values():
-            if endpoint.name == channel.name and endpoint.destination == channel.address:
-                endpoint.unbind()
-                if not endpoint.is_bound and not endpoint.is_withdrawn:
-                    self._bind_to_known(endpoint, channel.name)
+    def _unbind(self, channel: Channel) -> bool:
+        """Returns whether any endpoint was bound to it."""
+        bound = [
+            endpoint
+            for endpoint in self._endpoints.values()
+            if endpoint.name == channel.name and endpoint.destination == channel.address
+        ]
+        for endpoint in bound:
+            endpoint.unbind()
+            if not endpoint.is_bound and not endpoint.is_withdrawn:
+                self._bind_to_known(endpoint)
+        return bool(bound)
 
-    def _bind_and_acknowledge(self, channel: Channel) -> None:
-        """Binds the first endpoint that waits for this service; a host answers for it."""
-        for endpoint in self._endpoints.values():
-            if endpoint.name == channel.name and endpoint.destination in (None, channel.address):
-                endpoint.bind(channel.address)
-                if self.role is Role.DRIVER and endpoint.announces:
-                    self._replies[endpoint] = None
-                    self._asked = False
-                    self._send_replies()
-                return
+    def _bind(self, channel: Channel) -> None:
+        """Binds the endpoint that has this peer, or the first that waits for this service."""
+        named = [each for each in self._endpoints.values() if each.name == channel.name]
+        for destination in (channel.address, None):
+            for endpoint in named:
+                if endpoint.destination == destination:
+                    self._bind_endpoint(endpoint, channel)
+                    return
 
-    def _bind_to_known(self, endpoint: Endpoint, name: str) -> None:
+    def _bind_to_known(self, endpoint: Endpoint) -> None:
         """Binds an endpoint to a service announced before, that no other one is bound to."""
-        taken = {other.destination for other in self._endpoints.values() if other.name == name}
+        same = (each for each in self._endpoints.values() if each.name == endpoint.name)
+        taken = {each.destination for each in same}
         for channel in self._registry:
-            if channel.name == name and channel.address not in taken:
-                endpoint.bind(channel.address)
+            if channel.name == endpoint.name and channel.address not in taken:
+                self._bind_endpoint(endpoint, channel)
                 return
+
+    def _bind_endpoint(self, endpoint: Endpoint, channel: Channel) -> None:
+        """Binds, and as host acknowledges with the endpoint's own announcement."""
+        endpoint.bind(channel.address)
+        if self.role is Role.DRIVER and endpoint.announces:
+            self._replies[endpoint] = None
+            self._asked = False
+            self._send_replies()
 
     def _send_replies(self) -> None:
-        """Sends acknowledgements that are due, as far as there are buffers."""
-        try:
-            while self._replies and self.failure is None:
-                endpoint = next(iter(self._replies))
+        """Sends announcements that are due, as far as there are buffers."""
+        while self._replies and self._usable:
+            endpoint = next(iter(self._replies))
+            try:
                 if not self.send_nowait(
                     endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement(), has_turn=True
                 ):
-                    return  # and a notification will come
+                    return  # and the peer is asked for a notification
+            except (trio.BrokenResourceError, ValueError) as error:
+                what = repr(endpoint)
+                _logger.warning("%s cannot be announced: %s", what, error.__cause__ or error)
+            else:
                 endpoint.was_told()
-                del self._replies[endpoint]
-        except trio.BrokenResourceError:
-            return
+            self._replies.pop(endpoint, None)
         if not self._turns and self._usable:
             self._sending.queue.notify_off()
 
@@ -1184,7 +1224,4 @@ async def open_bus(
     bus = Bus(options, device)
     async with bus.open_rings(device), open_background() as nursery:
         await nursery.start(bus.run)
-        try:
-            yield bus
-        finally:
-            await bus.aclose()
+        yield bus

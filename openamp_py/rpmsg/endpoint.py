@@ -47,9 +47,9 @@ class WhenFull(enum.Enum):
 
     HOLD_BACK = "hold back"
     """They stay in their shared buffers, so that the peer runs out of them and has to wait. Nothing
-    is lost as long as the endpoint is read. One that keeps the last buffer of the link and is not
-    read for `BusOptions.patience` loses what it holds (counted), so that the name service and
-    other endpoints go on; once it is read again it holds back again."""
+    is lost as long as the endpoint is read. One that is not read for `BusOptions.patience` while
+    half of the link's buffers are kept loses those it keeps (counted), so that the name service
+    and other endpoints go on; once it is read again it holds back again."""
     DROP_OLDEST = "drop oldest"
     """The one that waits longest makes room; counted."""
     DROP_NEWEST = "drop newest"
@@ -113,6 +113,7 @@ class Endpoint:
         self._binding = trio.lowlevel.ParkingLot()
         self._announces = False
         self._told = False
+        self._withdrawing: trio.Event | None = None
         self._withdrawn = False
         self._closed = False
         self._over = False  # closed, or lost at a restart
@@ -369,7 +370,9 @@ class Endpoint:
             await bus.rest()
         else:
             await checkpoint_if_cancelled()
-        if not self._queue and (self._receiving or not bus.drain(bus.poll_now) or not self._queue):
+        if self._receiving:
+            raise self._busy()
+        if not self._queue and not (bus.drain(bus.poll_now) and self._queue):
             await self._wait_message()
         if self._careful:
             return self._take()
@@ -390,8 +393,10 @@ class Endpoint:
             await bus.rest()
         else:
             await checkpoint_if_cancelled()
+        if self._receiving:
+            raise self._busy()
         queue = self._queue
-        if not queue and (self._receiving or not bus.drain(bus.poll_now) or not queue):
+        if not queue and not (bus.drain(bus.poll_now) and queue):
             await self._wait_message()
         if self._careful or (limit is not None and limit < len(queue)):
             count = len(queue) if limit is None else min(limit, len(queue))
@@ -403,6 +408,7 @@ class Endpoint:
 
     def receive_nowait(self) -> Message:
         """The next message if it is there; otherwise raises trio.WouldBlock, or as `receive`."""
+        self._is_read()
         if not self._has_message():
             raise trio.WouldBlock
         return self._take()
@@ -419,7 +425,9 @@ class Endpoint:
             raise StateError(f"{self!r}: open it with in_place=True to hold messages")
         bus = self._bus
         await bus.pause()
-        if not self._queue and (self._receiving or not bus.drain(bus.poll_now) or not self._queue):
+        if self._receiving:
+            raise self._busy()
+        if not self._queue and not (bus.drain(bus.poll_now) and self._queue):
             await self._wait_message()
         return self._hold()
 
@@ -427,6 +435,7 @@ class Endpoint:
         """As `hold`, or raises trio.WouldBlock."""
         if not self._in_place:
             raise StateError(f"{self!r}: open it with in_place=True to hold messages")
+        self._is_read()
         if not self._has_message():
             raise trio.WouldBlock
         return self._hold()
@@ -498,7 +507,10 @@ class Endpoint:
         waits at most a second for one, shielded.
         """
         try:
-            if self._told and not self._over and self._bus.failure is None:
+            if self._withdrawing is not None:
+                await self._withdrawing.wait()
+            elif self._told and not self._over and self._bus.failure is None:
+                self._withdrawing = trio.Event()
                 self._told = self._announces = False
                 with (
                     trio.move_on_after(CLOSE_GRACE, shield=True),
@@ -508,6 +520,8 @@ class Endpoint:
                     await self._send(withdrawal, self.address, NAME_SERVICE_ADDRESS, counts=False)
         finally:
             self.close()
+            if self._withdrawing is not None:
+                self._withdrawing.set()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     def close(self) -> None:
@@ -523,6 +537,7 @@ class Endpoint:
 
     async def announce(self) -> None:
         """Tells the peer of this endpoint."""
+        self._check_length(len(self.announcement()))
         # From before it goes out: a service that is announced to us meanwhile gets its answer.
         self._announces = True
         await checkpoint_if_cancelled()
@@ -619,6 +634,7 @@ class Endpoint:
             self._bus.release([*self._held])
             self._held.clear()
         self._stop_holding_back()
+        self._careful = True  # so that being read is noticed
 
     def lose(self, failure: OpenAMPError) -> None:
         """The bus goes on without this endpoint."""
@@ -668,8 +684,6 @@ class Endpoint:
 
     async def _wait_message(self) -> None:
         """Until there is something to receive; only for the one task that receives."""
-        if self._receiving:
-            raise trio.BusyResourceError(f"{self!r}: another task receives here already")
         self._receiving = True
         self._is_read()
         generation = self._bus.generation
@@ -683,6 +697,9 @@ class Endpoint:
                 self._bus.check_generation(generation)
         finally:
             self._receiving = False
+
+    def _busy(self) -> trio.BusyResourceError:
+        return trio.BusyResourceError(f"{self!r}: another task receives here already")
 
     async def _sleep(self) -> None:
         def abort(_: object) -> trio.lowlevel.Abort:
@@ -725,11 +742,14 @@ class Endpoint:
         if isinstance(message, _Occupied):
             return self._bus.open_held(message.head, message.length, message.source)
         # It came in several pieces, of which no one view can be made, so it is a copy.
+        self._made_room()
         return HeldMessage(memoryview(message.payload), message.source, None)
 
     def _is_read(self) -> None:
-        self._unread = False
-        self._bound = self._queue_limit
+        if self._unread:
+            self._unread = False
+            self._bound = self._queue_limit
+            self._careful = self._in_place
 
     def _made_room(self) -> None:
         # Each message taken lets the peer send one, or two handlers that reply could both wait.
@@ -767,7 +787,9 @@ class Endpoint:
         dropped = [take() for _ in range(count)]
         self._dropped += count
         self._bus.count_drops(**{"unread" if self._unread else "full": count})
-        self._bus.release([each.head for each in dropped if isinstance(each, _Occupied)])
+        heads = [each.head for each in dropped if isinstance(each, _Occupied)]
+        copied = min(count - len(heads), len(self._held))
+        self._bus.release(heads + [self._held.pop() for _ in range(copied)])
 
     def _clear(self) -> list[int]:
         """Empties the queue. Returns the buffers that its messages occupied."""
