@@ -117,7 +117,8 @@ def test_a_missing_release_is_seen(build: Build) -> None:
 
 
 def test_hostile_peer(build: Build) -> None:
-    done = run(build("ring_fuzz", *MEMORY), "0", "50000")
+    racing = ("-include", str(PROGRAMS / "racing_peer.h"))
+    done = run(build("ring_fuzz", *MEMORY, *racing), "0", "50000")
     assert done.returncode == 0, done.stderr
     faults = [int(number) for number in done.stdout.partition("faults")[2].split()]
     assert len(faults) == 8 and all(faults), f"every fault was met: {done.stdout}"
