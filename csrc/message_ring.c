@@ -549,12 +549,13 @@ INLINE int32_t receive(struct message_ring *ring, int driver, int choose, struct
     if (q->event_idx && taken >= max)
         q->quiet = 1;
     const uint32_t received = (uint32_t)(record - records);
+    const uint32_t alike = are_alike(records, received) ? (uint32_t)MESSAGE_ALIKE : 0u;
     ring->messages += received;
     if (q->fault)
-        return (int32_t)received;
+        return (int32_t)(received | alike);
     const int unasked = q->quiet && !(how & MESSAGE_STAY_QUIET);
-    const uint32_t more = (taken >= max || retries > max) && (unasked || vq_pending(q)) ? (uint32_t)MESSAGE_MORE : 0u;
-    return (int32_t)(received | more | (are_alike(records, received) ? (uint32_t)MESSAGE_ALIKE : 0u) |
+    const int goes_on = (taken >= max || retries > max) && (unasked || vq_pending(q));
+    return (int32_t)(received | alike | (goes_on ? (uint32_t)MESSAGE_MORE : 0u) |
                      (tell(ring, driver) ? (uint32_t)MESSAGE_KICK : 0u));
 }
 

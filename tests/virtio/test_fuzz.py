@@ -57,7 +57,7 @@ MUTANTS = {
         "virtqueue_inline.h", "(int32_t)id;", "(int32_t)__atomic_load_n(&element->id, 0);"
     ),
     "header": Mutant("message_ring.c", "chain.filled >= MESSAGE_HEADER &&", ""),
-    "count": Mutant("message_ring.c", "q->free_count++;", ""),
+    "count": Mutant("virtqueue_inline.h", "(uint16_t)(q->free_count + count)", "q->free_count"),
 }
 
 
