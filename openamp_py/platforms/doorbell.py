@@ -45,6 +45,8 @@ class Doorbell:
         """Calls `notified` for each batch of kicks, until the other end is closed."""
         while True:
             await trio.lowlevel.wait_readable(self._socket)
+            # Whoever a look at the rings woke already answers first: the peer may be waiting.
+            await trio.lowlevel.cancel_shielded_checkpoint()
             try:
                 heard = self._socket.recv(_BYTES)
             except BlockingIOError:

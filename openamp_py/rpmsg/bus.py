@@ -47,6 +47,7 @@ from openamp_py.virtio.message_ring import (
     KICK,
     MAX_BUFFER_SIZE,
     MIXED,
+    MORE,
     POLL_HIT,
     POLLED,
     RETURNED,
@@ -67,7 +68,7 @@ _STATUS_RECHECK = 0.02
 
 # Calls that need not wait run so long (seconds) before other tasks get their turn: a scheduler
 # pass takes as long as several messages, so there must be more messages than passes.
-_SLICE = 100e-6
+_SLICE = 200e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +204,7 @@ class Bus:
         self._closed = self._restarting = False
         self._usable = False  # open, and the link is well
         self._begun = False  # the device is up and ours
-        self._looked = self._asked = False
+        self._looked = self._asked = self._more = False
         self._trio_token = trio.lowlevel.current_trio_token()
         self._rings = AsyncExitStack()
         self.failure: OpenAMPError | None = None
@@ -730,6 +731,7 @@ class Bus:
             self._polling.learn(hit)
             if not hit:
                 self.poll_now = 0  # until trio ran the other tasks
+        self._more = bool(bits & MORE)
         if destination != MIXED:
             endpoint = self._endpoints.get(destination)
             if endpoint is not None:
@@ -867,7 +869,9 @@ class Bus:
             return
         receiving, waits = self._receiving.queue, bool(self._turns or self._replies)
         try:
-            there = receiving.notify_on() if receiving.is_quiet else receiving.pending
+            # Where it has been asked already, it has kicked for all that came after the last look,
+            # but for what was too much for that.
+            there = receiving.notify_on() if receiving.is_quiet else self._more
             if waits and self._sending.want_buffer():
                 there = True
         except VirtqueueError as error:
@@ -880,9 +884,7 @@ class Bus:
     def _notified(self) -> None:
         if self._usable:
             self._kicks_received += 1
-            # What came after the last look since trio woke up is found before it sleeps again.
-            if not self._looked:
-                self._look()
+            self._look()
         self._check_up()
 
     def _check_up(self) -> None:

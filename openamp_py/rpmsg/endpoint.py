@@ -72,7 +72,7 @@ class Endpoint:
     service says so, or by the first message that comes; until then `send` waits.
 
     One task may receive at a time; any number may send. Calls that need not wait let other tasks
-    run every 0.1 ms or so instead of each time.
+    run every 0.2 ms or so instead of each time.
 
     Attributes:
         name: the service's name, or None for an endpoint that is only an address.

@@ -37,10 +37,9 @@ other tasks get their turn (a call takes some 10 us when full)."""
 
 # struct message_record of message_ring.h: dst u32; length, kept u16; src, offset, head u32
 _RECORD = struct.Struct("<IHHIII")
-_unpack_first = struct.Struct("<IH").unpack_from
+_unpack_first = struct.Struct("<IHHI").unpack_from
 _NULL = ffi.NULL
 
-_MORE: Final[int] = lib.MESSAGE_MORE
 _ALIKE: Final[int] = lib.MESSAGE_ALIKE
 _COUNT = 0xFFFF
 _GIVE_BACK: Final[int] = lib.MESSAGE_GIVE_BACK
@@ -55,6 +54,8 @@ POLL_HIT: Final[int] = lib.POLL_HIT
 """Bits of what `MessageRing.take` returns first: it spun; and something came meanwhile."""
 KICK: Final[int] = lib.MESSAGE_KICK
 """The same: the other side wants a kick for returned buffers."""
+MORE: Final[int] = lib.MESSAGE_MORE
+"""The same: there is more, also where the other side has kicked."""
 MIXED: Final = -1
 """Instead of a destination: the messages are a list of Arrival."""
 
@@ -306,7 +307,7 @@ class MessageRing:
         if result < 0:
             self.queue.result(result)
         arrivals = self._sort_out(result & _COUNT)
-        return arrivals, bool(result & KICK), bool(result & _MORE)
+        return arrivals, bool(result & KICK), bool(result & MORE)
 
     def take(
         self, nanoseconds: int, sending: MessageRing | None
@@ -318,7 +319,7 @@ class MessageRing:
                 buffer of `sending`; both rings are left quiet then.
 
         Returns:
-            The bits KICK, POLLED and POLL_HIT. Then, where that is the same for all that came
+            The bits KICK, MORE, POLLED and POLL_HIT. Then, where that is the same for all that came
             and none is kept, their destination and the length of each, and the messages;
             otherwise MIXED, 0, no messages, and what came as arrivals.
         """
@@ -338,11 +339,11 @@ class MessageRing:
             self.queue.result(result)
         if not result & _ALIKE:
             return result, MIXED, 0, _NO_MESSAGES, self._sort_out(count)
-        destination, length = _unpack_first(self._record_bytes)
-        layout = _layout(length)
+        destination, length, _, source = _unpack_first(self._record_bytes)
         if count == 1:
-            messages = [_make_message(layout.unpack_from(self._data_bytes))]
+            messages = [_make_message((self._data_buffer[:length], source))]
         else:
+            layout = _layout(length)
             data = self._data_bytes[: count * layout.size]
             messages = [*map(_make_message, layout.iter_unpack(data))]
         return result, destination, length, messages, _NO_ARRIVALS
