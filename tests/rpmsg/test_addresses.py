@@ -25,6 +25,15 @@ def test_explicit_addresses_are_skipped_when_handing_out() -> None:
     assert [space.take() for _ in range(2)] == [1025, 1027]
 
 
+def test_an_address_taken_and_returned_again_and_again_is_remembered_once() -> None:
+    space = AddressSpace()
+    space.give_back(space.take())
+    for _ in range(1000):
+        space.give_back(space.take(1024))
+    assert space._returned == [1024]
+    assert [space.take() for _ in range(2)] == [1024, 1025]
+
+
 @pytest.mark.parametrize("address", [0, 1, 52, 1023, 0xFFFF_FFFE])
 def test_the_whole_32_bit_space_can_be_asked_for(address: int) -> None:
     assert AddressSpace().take(address) == address

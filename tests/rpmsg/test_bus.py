@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,12 +23,14 @@ from openamp_py import (
     Endpoint,
     Link,
     PeerGoneError,
+    PlatformError,
     Role,
     VirtqueueError,
 )
 from openamp_py.constants import NAME_SERVICE_ADDRESS, RPMSG_F_NS, VIRTIO_RING_F_EVENT_IDX
 from openamp_py.platforms.demo import TABLE, python_firmware
 from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
+from openamp_py.rpmsg.name_service import ChannelRegistry
 from openamp_py.rpmsg.wire import Announcement, Channel, encode_announcement
 from openamp_py.virtio import Message, MessageRing
 
@@ -197,6 +201,19 @@ async def test_several_endpoints_of_one_name_find_a_peer_each(open_pair: Any) ->
         assert {h1.destination, h2.destination} == {r1.address, r2.address}
 
 
+async def test_the_second_of_a_name_gets_the_peer_when_the_first_closes(open_pair: Any) -> None:
+    async with (
+        open_pair() as pair,
+        pair.remote.open_endpoint(NAME) as remote,
+        pair.host.open_endpoint(NAME) as first,
+        pair.host.open_endpoint(NAME) as second,
+    ):
+        await _settle()
+        assert (first.destination, second.destination) == (remote.address, None)
+        await first.aclose()
+        assert second.destination == remote.address
+
+
 async def test_a_withdrawn_channel_ends_after_what_was_sent_and_can_come_back(
     open_pair: Any,
 ) -> None:
@@ -316,7 +333,9 @@ async def test_an_endpoint_that_is_not_read_keeps_its_messages_until_it_is(open_
         assert numbers == list(range(100))
 
 
-async def test_closing_an_unread_endpoint_gives_its_buffers_back(open_pair: Any) -> None:
+async def test_closing_an_unread_endpoint_gives_its_buffers_back(
+    open_pair: Any, autojump_clock: Any
+) -> None:
     async with open_pair(_table(num=4)) as pair:
         async with _bound(pair, queue_limit=1) as (host, _remote):
             for _ in range(5):
@@ -400,6 +419,26 @@ async def test_an_endpoint_can_be_closed_while_a_task_receives(open_pair: Any) -
             nursery.start_soon(receive)
             await _settle()
             host.close()
+
+
+async def test_two_who_close_an_endpoint_both_wait_for_the_withdrawal(open_pair: Any) -> None:
+    async with (
+        open_pair(_table(num=4)) as pair,
+        _bound(pair) as (host, remote),
+        pair.remote.open_endpoint(address=77, queue_limit=1) as unread,
+    ):
+        with pytest.raises(trio.WouldBlock):
+            while True:
+                host.send_to_nowait(b"fill", unread.address)
+                await _settle()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(host.aclose)
+            nursery.start_soon(host.aclose)
+            await _settle()
+            assert len(nursery.child_tasks) == 2
+            await unread.receive()
+        await _settle()
+        assert remote.is_withdrawn
 
 
 async def test_an_endpoint_can_be_closed_by_its_own_receiver(open_pair: Any) -> None:
@@ -486,6 +525,136 @@ async def test_what_was_sent_before_the_end_is_still_received(open_pair: Any) ->
         assert [(await host.receive()).payload[0] for _ in range(100)] == list(range(100))
         with pytest.raises(trio.BrokenResourceError):
             await host.receive()
+
+
+async def test_what_was_sent_before_a_fault_is_still_received(open_pair: Any) -> None:
+    """An impossible chain in the same batch."""
+    async with open_pair(_table(num=8)) as pair, _bound(pair) as (host, remote):
+        await _settle()
+        for number in range(3):
+            pair.remote._sending.send(remote.address, host.address, bytes((number,)))
+        vring = pair.host_device.vrings[0]
+        used = vring.da + vring.layout.used_offset
+        memory = pair.host_device.memory.regions[0].view
+        (index,) = struct.unpack_from("<H", memory, used + 2)
+        struct.pack_into("<I", memory, used + 4 + 8 * (index % 8), 999)
+        struct.pack_into("<H", memory, used + 2, index + 1)
+        assert [(await host.receive()).payload[0] for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(trio.BrokenResourceError, match="999") as caught:
+            await host.receive()
+        assert isinstance(caught.value.__cause__, VirtqueueError)
+
+
+@contextmanager
+def _cannot_kick(device: openamp_py.VirtioDevice) -> Iterator[None]:
+    def kick(_: int) -> None:
+        raise OSError(errno.ENOBUFS, "no buffer space available")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_kick", kick)
+        yield
+
+
+async def test_a_failing_kick_for_returned_buffers_ends_the_link_after_what_came(
+    open_pair: Any,
+) -> None:
+    async with open_pair(_table(num=8)) as pair, _bound(pair) as (host, remote):
+        await _settle()
+        received: list[bytes] = []
+
+        async def receive() -> None:
+            with pytest.raises(trio.BrokenResourceError, match="cannot kick") as caught:
+                while True:
+                    received.append((await host.receive()).payload)
+            assert isinstance(caught.value.__cause__, PlatformError)
+
+        with trio.fail_after(5), _cannot_kick(pair.host_device):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(receive)
+                await _settle()
+                pair.remote._sending.want_buffer()
+                # Without a kick, so that it is found when trio wakes.
+                pair.remote._sending.send(remote.address, host.address, b"came")
+        assert received == [b"came"]
+        assert host.statistics.received == 1
+
+
+async def test_a_failing_kick_for_a_message_ends_the_link(open_pair: Any) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, _remote):
+        await _settle()
+        with _cannot_kick(pair.host_device):
+            await host.send(b"went")
+        with pytest.raises(trio.BrokenResourceError, match="cannot kick") as caught:
+            await host.send(b"did not")
+        assert isinstance(caught.value.__cause__, PlatformError)
+        assert isinstance(pair.host.failure, PlatformError)
+
+
+async def _sleep(_: Link) -> None:
+    await trio.sleep_forever()
+
+
+async def _opened_within(passes: int, opening: AbstractAsyncContextManager[object]) -> bool:
+    """Cancels an opening after so many passes of the scheduler. Returns whether it was done."""
+    done = False
+
+    async def open_and_stay() -> None:
+        nonlocal done
+        async with opening:
+            done = True
+            await trio.sleep_forever()
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(open_and_stay)
+            for _ in range(passes):
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            nursery.cancel_scope.cancel()
+    return done
+
+
+async def test_a_host_whose_opening_is_cancelled_at_any_pass_leaves_the_device_down() -> None:
+    for passes in itertools.count():
+        async with openamp_py.open_processor(openamp_py.LoopbackPlatform(_sleep)) as processor:
+            await processor.boot(python_firmware())
+            device = processor.rpmsg_device()
+            done = await _opened_within(passes, openamp_py.open_bus(device))
+            assert (device.status, device.on_notify, device.on_failure) == (0, None, None)
+            device.notified()
+        if done:
+            break
+    assert passes > 1
+
+
+async def test_a_remote_whose_opening_is_cancelled_at_any_pass_lets_go_of_the_device() -> None:
+    links: list[Link] = []
+
+    async def application(link: Link) -> None:
+        links.append(link)
+        await trio.sleep_forever()
+
+    async with openamp_py.open_processor(openamp_py.LoopbackPlatform(application)) as processor:
+        await processor.boot(python_firmware())
+        await _settle()
+        async with (
+            openamp_py.open_bus(processor.rpmsg_device()),
+            openamp_py.open_resources(links[0]) as resources,
+        ):
+            device = resources.rpmsg_device()
+            for passes in itertools.count():
+                done = await _opened_within(passes, openamp_py.open_bus(device))
+                assert (device.on_notify, device.on_failure) == (None, None)
+                device.notified()
+                if done:
+                    break
+            assert passes > 1
+
+
+async def test_a_session_whose_opening_is_cancelled_at_any_pass_leaves_nothing_behind() -> None:
+    for passes in itertools.count():
+        if await _opened_within(passes, openamp_py.open_session("loopback")):
+            break
+    assert passes > 5
 
 
 async def test_what_was_sent_before_a_reset_is_still_received(open_pair: Any) -> None:
@@ -741,6 +910,14 @@ async def _raw_remote() -> AsyncIterator[tuple[Bus, _RawRemote, openamp_py.Virti
             yield bus, await receive.receive(), device
 
 
+async def _announce(
+    remote: _RawRemote, address: int, *, destroy: bool = False, name: str = "echo"
+) -> None:
+    announcement = Announcement(Channel(name, address), destroy)
+    remote.send(address, NAME_SERVICE_ADDRESS, encode_announcement(announcement))
+    await _settle()
+
+
 async def test_messages_for_nobody_are_counted_and_their_buffers_returned() -> None:
     async with _raw_remote() as (bus, remote, _):
         for _ in range(600):
@@ -773,6 +950,39 @@ async def test_a_flood_of_announcements_ends_at_the_limit() -> None:
         assert bus.drops.bad_announcement == 1500 - 1024
         remote.send(9, endpoint.address, b"still here")
         assert (await endpoint.receive()).payload == b"still here"
+
+
+async def test_what_is_announced_again_binds_no_second_endpoint() -> None:
+    async with _raw_remote() as (bus, remote, _), bus.open_endpoint("echo") as one:
+        await _announce(remote, 2000)
+        async with bus.open_endpoint("echo") as other:
+            await _announce(remote, 3000)
+            assert (one.destination, other.destination) == (2000, 3000)
+            await _announce(remote, 2000, destroy=True)
+            await _announce(remote, 3000)
+            assert (one.destination, other.destination) == (None, 3000)
+
+
+async def test_an_announcement_over_the_limit_binds_nobody() -> None:
+    async with _raw_remote() as (bus, remote, _), bus.open_endpoint("echo") as endpoint:
+        bus._registry = ChannelRegistry(limit=1)
+        await _announce(remote, 2000, name="first")
+        await _announce(remote, 3000)
+        assert not endpoint.is_bound
+        assert (bus.drops.bad_announcement, len(bus.channels)) == (1, 1)
+
+
+async def test_only_who_was_announced_or_is_bound_can_be_withdrawn() -> None:
+    async with (
+        _raw_remote() as (bus, remote, _),
+        bus.open_endpoint("echo", announce=False) as endpoint,
+    ):
+        remote.send(9, endpoint.address, b"never announced")
+        assert (await endpoint.receive()).source == 9
+        await _announce(remote, 10, destroy=True)
+        assert (endpoint.destination, bus.drops.bad_announcement) == (9, 1)
+        await _announce(remote, 9, destroy=True)
+        assert (endpoint.is_withdrawn, bus.drops.bad_announcement) == (True, 1)
 
 
 async def test_the_acknowledgement_is_an_announcement_of_the_host() -> None:
@@ -854,6 +1064,19 @@ async def test_an_impossible_index_breaks_the_bus_with_the_reason() -> None:
         with pytest.raises(trio.BrokenResourceError, match="jumped by 300 entries") as caught:
             await endpoint.receive()
         assert isinstance(caught.value.__cause__, VirtqueueError)
+
+
+async def test_a_device_whose_ring_broke_is_reset_all_the_same() -> None:
+    """The remote must hear of it: its own end is well."""
+    async with _raw_remote() as (bus, _remote, device), bus.open_endpoint("echo") as endpoint:
+        memory = device.memory.find_da(0x6000 + 2, 2)
+        assert memory is not None
+        memory[:] = struct.pack("<H", 300)
+        with pytest.raises(trio.BrokenResourceError, match="jumped by 300 entries"):
+            await endpoint.receive()
+        assert device.status == 0xF
+        await bus.aclose()
+        assert device.status == 0
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)

@@ -199,8 +199,8 @@ async def test_other_tasks_run_beside_one_that_polls() -> None:
         await endpoint.wait_bound()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(beside)
-            await _echo(endpoint, 200)
-            # At least one turn for each 0.1 ms of messages; 200 of them take some ms.
+            await _echo(endpoint, 2000)
+            # At least one turn for each 0.2 ms of messages; 2000 of them take 6 ms or more.
             assert turns >= 10
             nursery.cancel_scope.cancel()
 

@@ -131,6 +131,18 @@ async def test_every_message_and_every_returned_buffer_is_kicked_for(open_pair: 
         assert (await host.receive()).payload == b"x"
 
 
+async def test_kicks_that_nobody_wanted_count_as_sent(open_pair: Any) -> None:
+    async with open_pair(options=BusOptions(always_kick=True)) as pair, _linked(pair) as (host, _):
+        kicks = _Kicks(pair.host_device)
+        before = pair.host.statistics
+        pair.remote._receiving.queue.notify_off()
+        for _ in range(20):
+            host.send_nowait(b"x")
+        after = pair.host.statistics
+        assert after.kicks_sent - before.kicks_sent == kicks.sent == 20
+        assert after.kicks_suppressed == before.kicks_suppressed
+
+
 async def test_held_buffers_are_kicked_for_when_they_go_back(open_pair: Any) -> None:
     async with (
         open_pair(options=BusOptions(always_kick=True)) as pair,
@@ -266,6 +278,21 @@ async def test_an_announcement_whose_kick_was_lost_is_found(
                 with trio.fail_after(RECHECK + 0.01):
                     assert await pair.host.wait_service(NAME) == Channel(NAME, 9)
             kicks.lost = False
+
+
+async def test_a_reset_whose_kick_was_lost_is_found(open_pair: Any, autojump_clock: Any) -> None:
+    async with (
+        open_pair(options=BusOptions(recheck=RECHECK)) as pair,
+        _linked(pair) as (_, remote),
+    ):
+        _Kicks(pair.host_device).lost = True
+        with _Deaf(pair.remote):
+            await pair.host.aclose()
+            with (
+                trio.fail_after(RECHECK + 0.01),
+                pytest.raises(trio.BrokenResourceError, match="reset the device"),
+            ):
+                await remote.receive()
 
 
 async def test_rechecking_is_not_done_oftener_than_asked(

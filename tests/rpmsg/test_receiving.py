@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,7 @@ from openamp_py import (
     Role,
     StateError,
     VirtioDevice,
+    WhenFull,
     open_bus,
     open_processor,
     open_resources,
@@ -325,6 +327,27 @@ async def test_a_second_server_is_refused(open_pair: Any) -> None:
             with pytest.raises(trio.BusyResourceError), trio.fail_after(5):
                 await remote.serve(_ignore, concurrency=concurrency)
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("call", [Endpoint.receive, Endpoint.receive_many])
+async def test_a_second_reader_does_not_take_what_the_first_is_woken_for(
+    open_pair: Any, call: Callable[[Endpoint], Awaitable[object]]
+) -> None:
+    async with open_pair() as pair, _bound(pair) as (host, remote), trio.open_nursery() as nursery:
+        received: list[Message] = []
+
+        async def receive() -> None:
+            received.append(await remote.receive())
+
+        nursery.start_soon(receive)
+        await _settle()
+        host.send_nowait(b"x")
+        assert pair.remote.drain()
+        pair.remote.slice_end = math.inf  # or the first may be done before
+        with pytest.raises(trio.BusyResourceError):
+            await call(remote)
+        await _settle()
+        assert received == [(b"x", host.address)]
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
@@ -676,78 +699,136 @@ async def test_a_closed_in_place_endpoint_gives_its_buffers_back(open_pair: Any)
             await _circulates(host, remote, 4)
 
 
-async def test_a_message_in_several_descriptors_is_held_as_a_copy() -> None:
-    """A driver that cuts its messages in two: RPMsg allows it, Linux does not do it."""
-    ready = trio.Event()
-    held: list[tuple[bytes, int]] = []
-    done = trio.Event()
+class _Cutter:
+    """A driver that sends each message as two descriptors: a header with some payload, the rest."""
+
+    _CUT = 20
+
+    def __init__(self, device: VirtioDevice) -> None:
+        assert device.role is Role.DRIVER
+        assert device.memory.regions[0].pa == 0
+        device.begin(RPMSG_F_NS)
+        self._device = device
+        self._memory = device.memory.regions[0].view
+        self._pa, self._pool = device.buffers(8192)
+        from_device, self._vring = device.vrings
+        for vring in (from_device, self._vring):
+            self._memory[vring.da : vring.da + vring.layout.size] = bytes(vring.layout.size)
+        self._free = [*range(0, self._vring.layout.num, 2)]
+        self._sent = self._returned = 0
+        device.set_driver_ok()
+
+    def send(self, payload: bytes) -> bool:
+        """Returns whether there was a buffer for it."""
+        num, layout = self._vring.layout.num, self._vring.layout
+        available, used = (
+            self._vring.da + at for at in (layout.available_offset, layout.used_offset)
+        )
+        while self._returned != struct.unpack_from("<H", self._memory, used + 2)[0]:
+            at = used + 4 + 8 * (self._returned % num)
+            self._free.append(struct.unpack_from("<I", self._memory, at)[0])
+            self._returned += 1
+        if not self._free:
+            return False
+        head = self._free.pop(0)
+        message = struct.pack("<IIIHH", 9, 5, 0, len(payload), 0) + payload
+        offset = head * 512
+        self._pool[offset : offset + len(message)] = message
+        for number, piece in enumerate(
+            ((self._pa + offset, self._CUT, 1, head + 1),
+             (self._pa + offset + self._CUT, len(message) - self._CUT, 0, 0))
+        ):  # fmt: skip
+            struct.pack_into("<QIHH", self._memory, self._vring.da + 16 * (head + number), *piece)
+        struct.pack_into("<H", self._memory, available + 4 + 2 * (self._sent % num), head)
+        self._sent += 1
+        struct.pack_into("<H", self._memory, available + 2, self._sent)
+        self._device.kick(1)
+        return True
+
+
+@asynccontextmanager
+async def _cut(num: int, **options: Any) -> AsyncIterator[tuple[_Cutter, Bus, Endpoint]]:
+    """That driver, and the bus and an in-place endpoint of the remote that it sends to."""
+    send, receive = trio.open_memory_channel[tuple[Bus, Endpoint]](1)
 
     async def application(link: Link) -> None:
         async with (
             open_resources(link) as resources,
             open_bus(resources.rpmsg_device()) as bus,
-            bus.open_endpoint(address=5, in_place=True) as endpoint,
+            bus.open_endpoint(address=5, in_place=True, **options) as endpoint,
         ):
-            ready.set()
-            for _ in range(20):
-                with await endpoint.hold() as message:
-                    assert message.view.readonly
-                    held.append((bytes(message.view), message.source))
-                assert bus.statistics.held == 0
-            done.set()
+            send.send_nowait((bus, endpoint))
             await trio.sleep_forever()
 
-    with trio.fail_after(10):
-        async with open_processor(LoopbackPlatform(application)) as processor:
-            await processor.boot(python_firmware(_table(4)))
-            device = processor.rpmsg_device()
-            await _cut_messages(device, ready, 20)
-            await done.wait()
-    assert held == [(b"cut in two %2d" % number, 9) for number in range(20)]
+    async with open_processor(LoopbackPlatform(application)) as processor:
+        await processor.boot(python_firmware(_table(num)))
+        driver = _Cutter(processor.rpmsg_device())
+        yield driver, *await receive.receive()
 
 
-async def _cut_messages(device: VirtioDevice, ready: trio.Event, count: int) -> None:
-    """A driver that sends each message as two descriptors: a header with some payload, the rest."""
-    assert device.role is Role.DRIVER
-    device.begin(RPMSG_F_NS)
-    from_device, to_device = device.vrings
-    memory = device.memory.regions[0].view
-    pa, pool = device.buffers(8192)
-    base = device.memory.regions[0].pa
+async def test_a_message_in_several_descriptors_is_held_as_a_copy() -> None:
+    """RPMsg allows a driver to cut its messages in two; Linux does not do it."""
+    async with _cut(4) as (driver, bus, endpoint):
+        for number in range(20):
+            assert driver.send(b"cut in two %2d" % number)
+            with await endpoint.hold() as message:
+                assert message.view.readonly
+                assert (bytes(message.view), message.source) == (b"cut in two %2d" % number, 9)
+            assert bus.statistics.held == 0
+            await _settle()
 
-    def write(at: int, layout: str, *values: int) -> None:
-        struct.pack_into(layout, memory, at, *values)
 
-    num = to_device.layout.num
-    descriptors = to_device.da
-    available = descriptors + 16 * num
-    memory[from_device.da : from_device.da + from_device.layout.size] = bytes(
-        from_device.layout.size
-    )
-    memory[descriptors : descriptors + to_device.layout.size] = bytes(to_device.layout.size)
-    device.set_driver_ok()
-    await ready.wait()
-    for number in range(count):
-        payload = b"cut in two %2d" % number
-        message = struct.pack("<IIIHH", 9, 5, 0, len(payload), 0) + payload
-        offset = (number % 2) * 1024
-        pool[offset : offset + len(message)] = message
-        cut = 20
-        head = (number % 2) * 2
-        write(descriptors + 16 * head, "<QIHH", pa + offset, cut, 1, head + 1)
-        write(
-            descriptors + 16 * (head + 1),
-            "<QIHH",
-            pa + offset + cut,
-            len(message) - cut,
-            0,
-            0,
-        )
-        write(available + 4 + 2 * (number % num), "<H", head)
-        write(available + 2, "<H", number + 1)
-        device.kick(1)
+async def _fill_cut(driver: _Cutter) -> int:
+    for count in range(100):
+        if not driver.send(b"cut in two"):
+            return count
         await _settle()
-    assert base == 0
+    raise AssertionError("there is no bound")
+
+
+@pytest.mark.parametrize("how", ["receive", "hold", "receive_nowait", "receive_many"])
+async def test_copies_of_messages_in_several_descriptors_keep_their_buffers_too(how: str) -> None:
+    """So an in-place endpoint that is not read is bounded whatever its peer does."""
+    async with _cut(8, queue_limit=2) as (driver, bus, endpoint):
+        assert await _fill_cut(driver) == 4
+        assert (endpoint.statistics.queued, endpoint.statistics.held) == (4, 4)
+        taken = 1
+        if how == "hold":
+            (await endpoint.hold()).release()
+        elif how == "receive_nowait":
+            endpoint.receive_nowait()
+        elif how == "receive":
+            await endpoint.receive()
+        else:
+            taken = len(await endpoint.receive_many(3))
+        assert bus.statistics.held == 4 - taken
+        await _settle()
+        assert await _fill_cut(driver) == taken
+        endpoint.close()
+        assert bus.statistics.held == 0
+        await _settle()
+
+
+@pytest.mark.parametrize("when_full", [WhenFull.DROP_OLDEST, WhenFull.DROP_NEWEST])
+async def test_copies_that_are_dropped_give_their_buffers_back(when_full: WhenFull) -> None:
+    async with _cut(8, queue_limit=2, when_full=when_full) as (driver, bus, endpoint):
+        for _ in range(50):
+            assert driver.send(b"cut in two")
+            await _settle()
+        assert (endpoint.statistics.queued, bus.statistics.held) == (2, 2)
+        assert bus.drops == Drops(full=48)
+
+
+async def test_copies_of_one_that_is_not_read_are_given_up(autojump_clock: Any) -> None:
+    async with _cut(8, queue_limit=2) as (driver, bus, endpoint):
+        assert await _fill_cut(driver) == 4
+        await trio.sleep(2.5)
+        assert (endpoint.statistics.queued, bus.statistics.held) == (0, 0)
+        assert bus.drops == Drops(unread=4)
+        for _ in range(20):
+            assert driver.send(b"cut in two")
+            await _settle()
+        assert bus.drops == Drops(unread=24)
 
 
 # Any sequence

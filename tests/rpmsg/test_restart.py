@@ -46,9 +46,9 @@ from openamp_py.session import Session
 NAME = "test-service"
 
 
-def _table(num: int = 256) -> ResourceTable:
+def _table(num: int = 256, features: int = RPMSG_F_NS) -> ResourceTable:
     vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, RPMSG_F_NS, vrings=vrings),))
+    return ResourceTable((Vdev(7, 0, features, vrings=vrings),))
 
 
 async def _settle() -> None:
@@ -64,8 +64,8 @@ class _Crash(Exception):
 class _Remote:
     """A remote that can be crashed and booted again, and the host's bus to it."""
 
-    def __init__(self, num: int, options: BusOptions) -> None:
-        self.firmware = python_firmware(_table(num))
+    def __init__(self, num: int, options: BusOptions, features: int = RPMSG_F_NS) -> None:
+        self.firmware = python_firmware(_table(num, features))
         self._options = options
         self._send, self._receive = trio.open_memory_channel[tuple[Bus, trio.Event]](100)
         self.bus: Bus
@@ -104,8 +104,10 @@ class _Remote:
 
 
 @asynccontextmanager
-async def _remote(num: int = 256, options: BusOptions = DEFAULT_OPTIONS) -> AsyncIterator[_Remote]:
-    remote = _Remote(num, options)
+async def _remote(
+    num: int = 256, options: BusOptions = DEFAULT_OPTIONS, features: int = RPMSG_F_NS
+) -> AsyncIterator[_Remote]:
+    remote = _Remote(num, options, features)
     async with open_processor(LoopbackPlatform(remote.application)) as processor:
         remote.processor = processor
         await processor.boot(remote.firmware)
@@ -213,6 +215,28 @@ async def test_more_announcements_than_buffers() -> None:
             await _settle()
         assert len(remote.bus.channels) == 9
         nursery.cancel_scope.cancel()
+
+
+async def test_an_announcement_that_does_not_fit_is_dropped(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The first device has no name service, so that nobody looked at its size."""
+    options = BusOptions(send_buffer_size=48)
+    async with (
+        _remote(4, options, features=0) as remote,
+        remote.host.open_endpoint("one", rebind=True),
+        remote.host.open_endpoint("two", rebind=True),
+    ):
+        remote.firmware = python_firmware(_table(4))
+        with trio.fail_after(5):
+            await remote.restart()
+            await _settle()  # never, where it is tried again and again
+        assert not remote.host._replies
+        assert [record.getMessage() for record in caplog.records].count(
+            "<Endpoint one 0x400 -> not bound> cannot be announced: "
+            "payload of 40 bytes; the limit is 32 bytes"
+        ) == 1
+        caplog.clear()  # the record keeps the error, and that the bus
 
 
 async def test_a_fixed_peer_is_kept() -> None:

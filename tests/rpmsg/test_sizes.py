@@ -85,8 +85,7 @@ async def _exchange(one: Endpoint, other: Endpoint, count: int) -> None:
 # Both directions
 
 
-@pytest.mark.parametrize("to_host", SIZES)
-@pytest.mark.parametrize("to_remote", SIZES)
+@pytest.mark.parametrize("to_remote, to_host", [*zip(SIZES, reversed(SIZES), strict=True)])
 async def test_each_direction_has_its_own_size(to_remote: int, to_host: int) -> None:
     """Acceptance scenario 14 (OA#155, OA#322)."""
     async with (
@@ -204,6 +203,29 @@ async def test_none_most_and_too_many_bytes(size: int) -> None:
                     raise AssertionError("not reached")
             await _settle()
             assert one.statistics.sent == other.statistics.received == sent
+
+
+@pytest.mark.parametrize("size", [17, 55])
+async def test_an_announcement_that_does_not_fit_is_refused(size: int) -> None:
+    message = f"payload of 40 bytes; the limit is {size - HEADER} bytes"
+    async with _pair(size, size, 4) as buses:
+        for bus in buses:
+            with pytest.raises(ValueError, match=message), trio.fail_after(5):
+                async with bus.open_endpoint("service", address=5):
+                    raise AssertionError("not reached")
+            async with bus.open_endpoint("service", address=5, announce=False):
+                await _settle()
+
+
+async def test_the_smallest_buffers_that_an_announcement_fits() -> None:
+    async with (
+        _pair(56, 56, 4) as (host_bus, remote_bus),
+        remote_bus.open_endpoint("service") as remote,
+        host_bus.open_endpoint("service") as host,
+    ):
+        with trio.fail_after(5):
+            await host.wait_bound()
+            await remote.wait_bound()
 
 
 @pytest.mark.parametrize("size", [-1, 0, 16, 65552, 1 << 17])

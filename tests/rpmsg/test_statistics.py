@@ -231,6 +231,17 @@ async def test_kicks_add_up(open_pair: Any) -> None:
         assert after.kicks_suppressed - before.kicks_suppressed == 30 - kicks
 
 
+async def test_nothing_is_held_by_one_that_was_closed_on_a_broken_link(open_pair: Any) -> None:
+    async with open_pair(_table(4)) as pair, _linked(pair, queue_limit=1) as (host, remote):
+        for _ in range(4):
+            remote.send_nowait(b"x")
+            await _settle()
+        assert pair.host.statistics.held == host.statistics.held == 3
+        pair.host_device.fail(PeerGoneError("gone"))
+        host.close()
+        assert pair.host.statistics.held == 0
+
+
 async def test_what_was_counted_outlives_the_bus(open_pair: Any) -> None:
     async with open_pair() as pair, _linked(pair) as (host, remote):
         await host.send(b"abc")

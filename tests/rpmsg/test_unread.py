@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import AsyncIterator
@@ -175,9 +176,8 @@ async def test_two_slow_readers_lose_nothing(open_pair: Any, autojump_clock: Any
 # Dropping
 
 
-@pytest.mark.parametrize("to_host", [False, True])
+@pytest.mark.parametrize("to_host, batch", [(False, True), (True, False)])
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("when_full", DROPPING)
 async def test_what_is_dropped_is_counted_and_never_holds_the_peer_back(
     open_pair: Any, when_full: WhenFull, batch: bool, in_place: bool, to_host: bool
@@ -311,6 +311,50 @@ async def test_once_it_is_read_it_holds_back_again(
             assert await _numbers(receiver) == list(range(copied + 4))
         assert receiver.statistics.dropped == 12
         await _circulates(sender, receiver, 4)
+
+
+@pytest.mark.parametrize("how", ["receive", "receive_many", "receive_nowait", "hold"])
+async def test_any_way_to_read_makes_it_hold_back_again(
+    open_pair: Any, autojump_clock: Any, how: str
+) -> None:
+    async with (
+        open_pair(_table(4)) as pair,
+        _one_way(pair, queue_limit=4, in_place=how == "hold") as (sender, receiver),
+    ):
+        await _flood(sender)
+        await trio.sleep(2.5)
+        dropped = pair.remote.drops.unread
+        assert dropped == 4
+        if how == "receive_nowait":
+            receiver.receive_nowait()
+        else:
+            with trio.move_on_after(0.01):  # nothing is left to hold
+                await getattr(receiver, how)()
+        with pytest.raises(trio.WouldBlock):
+            for _ in range(20):
+                sender.send_nowait(b"again")
+                await _settle()
+        assert pair.remote.drops == Drops(unread=dropped)
+
+
+@pytest.mark.parametrize("num, reserved", [(4, 1), (8, 4)])
+async def test_patience_does_not_need_the_last_buffer(
+    open_pair: Any, autojump_clock: Any, num: int, reserved: int
+) -> None:
+    """The peer builds messages in some buffers, or has lent fewer than there are entries."""
+    async with (
+        open_pair(_table(num), options=BusOptions(patience=0.5)) as pair,
+        _one_way(pair, queue_limit=1) as (sender, unread),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        building = [await stack.enter_async_context(sender.reserve(0)) for _ in range(reserved)]
+        await _flood(sender)
+        assert unread.statistics.held == num - reserved
+        with trio.fail_after(0.6):
+            async with pair.host.open_endpoint(NAME):
+                assert pair.remote.drops == Drops(unread=num - reserved)
+        for each in building:
+            each.discard()
 
 
 async def test_a_waiting_sender_of_an_unread_endpoint_goes_on_too(

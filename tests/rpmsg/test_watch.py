@@ -647,6 +647,21 @@ async def test_the_next_of_its_name_takes_the_place_of_one_that_leaves(
         assert host.is_withdrawn == (not rebind)
 
 
+async def test_the_one_that_is_followed_to_hears_of_it(open_pair: Any) -> None:
+    """It was announced long before: the host acknowledges once it is its turn."""
+    async with (
+        open_pair() as pair,
+        pair.host.open_endpoint(NAME, rebind=True) as host,
+        _at(pair.remote, 2000) as first,
+        _at(pair.remote, 3000) as second,
+    ):
+        assert (first.is_bound, second.is_bound) == (True, False)
+        await first.aclose()
+        with trio.fail_after(5):
+            await second.wait_bound()
+        assert second.destination == host.address
+
+
 async def test_a_fixed_destination_is_not_followed(open_pair: Any) -> None:
     async with (
         open_pair() as pair,

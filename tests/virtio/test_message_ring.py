@@ -624,6 +624,19 @@ def test_a_cancelled_buffer_is_free_again(sender: Role, num: int) -> None:
         assert one.send.messages == 3 * num
 
 
+def test_a_cancelled_chain_is_free_as_a_whole() -> None:
+    """One of two descriptors, from a driver that was here before."""
+    with link(Role.DRIVER, 4, 64) as one:
+        one.offer(0, (POOL_PA, 64, 1, 1), (POOL_PA + 64, 64, 0, 0))
+        one.use(0, 0)
+        one.send.queue.attach(0)
+        head, _ = one.reserve()
+        assert head == 0
+        one.send.cancel(head)
+        assert sorted(one.reserve()[0] for _ in range(4)) == [0, 1, 2, 3]
+        assert one.send.reserve()[0] == NO_BUFFER
+
+
 @BOTH_WAYS
 def test_what_is_not_reserved(sender: Role) -> None:
     with link(sender, 4, 64) as one:
@@ -1293,6 +1306,27 @@ def test_only_bad_messages_are_bounded_too() -> None:
         assert payloads(one.receive) == []
         assert one.receive.bad_length == 128
         assert one.send.send(1, 2, b"x") == 1, "all buffers are back"
+
+
+@pytest.mark.parametrize("way", ["receive", "take"])
+@pytest.mark.parametrize("count", [1, 3])
+@BOTH_WAYS
+def test_what_came_before_a_fault_is_received(sender: Role, count: int, way: str) -> None:
+    with link(sender, 8, 64) as one:
+        for number in range(count):
+            one.send.send(1, 2, bytes([number]))
+        if sender is Role.DRIVER:
+            one.offer(999)
+        else:
+            one.use(999, 20)
+        call = one.receive.receive if way == "receive" else lambda: take(one.receive)
+        result = call()
+        arrivals = result[0] if isinstance(result, tuple) else result
+        assert flat(arrivals) == [(1, 2, bytes([number])) for number in range(count)]
+        for _ in range(2):
+            with pytest.raises(VirtqueueError, match="999"):
+                call()
+        assert one.receive.messages == count
 
 
 # Refusals.
