@@ -975,7 +975,8 @@ class Bus:
     def _let_go(self, error: Exception) -> None:
         """The device is not ours any more, nor are the buffers that users have in hand."""
         if self._begun and self.role is Role.DRIVER and self._device.failure is None:
-            self._device.end()
+            with contextlib.suppress(OSError):  # of a kick: it is over anyway
+                self._device.end()
         self._begun = False
         self._device.on_notify = self._device.on_failure = None
         self.transmit = transmit_closed
@@ -1088,8 +1089,9 @@ class Bus:
                 ):
                     return  # and the peer is asked for a notification
             except (trio.BrokenResourceError, ValueError) as error:
-                what = repr(endpoint)
-                _logger.warning("%s cannot be announced: %s", what, error.__cause__ or error)
+                # As text: whoever keeps the record must not keep the bus.
+                what, why = repr(endpoint), str(error.__cause__ or error)
+                _logger.warning("%s cannot be announced: %s", what, why)
             else:
                 endpoint.was_told()
             self._replies.pop(endpoint, None)

@@ -590,6 +590,13 @@ async def test_a_failing_kick_for_a_message_ends_the_link(open_pair: Any) -> Non
         assert isinstance(pair.host.failure, PlatformError)
 
 
+async def test_a_bus_closes_also_where_kicks_fail(open_pair: Any) -> None:
+    async with open_pair() as pair:
+        with _cannot_kick(pair.host_device):
+            await pair.host.aclose()
+        assert pair.host_device.status == 0
+
+
 async def _sleep(_: Link) -> None:
     await trio.sleep_forever()
 
