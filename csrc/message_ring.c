@@ -463,13 +463,15 @@ INLINE uint64_t first_word(const struct message_record *record)
     return word;
 }
 
-/* MESSAGE_ALIKE. */
-INLINE int are_alike(const struct message_record *records, uint32_t count)
+/* MESSAGE_ALIKE, MESSAGE_EVEN or neither. */
+INLINE uint32_t compare(const struct message_record *records, uint32_t count)
 {
     uint64_t first = count ? first_word(records) : 0, differ = 0;
     for (const struct message_record *record = records, *end = record + count; record != end; record++)
         differ |= first_word(record) ^ first;
-    return differ == 0 && (first >> 48) == MESSAGE_RETURNED;
+    if ((first >> 48) != MESSAGE_RETURNED || differ >> 32)
+        return 0;
+    return differ ? MESSAGE_EVEN : MESSAGE_ALIKE;
 }
 
 /* `choose`: some buffers may be kept. */
@@ -549,7 +551,7 @@ INLINE int32_t receive(struct message_ring *ring, int driver, int choose, struct
     if (q->event_idx && taken >= max)
         q->quiet = 1;
     const uint32_t received = (uint32_t)(record - records);
-    const uint32_t alike = are_alike(records, received) ? (uint32_t)MESSAGE_ALIKE : 0u;
+    const uint32_t alike = compare(records, received);
     ring->messages += received;
     if (q->fault)
         return (int32_t)(received | alike);

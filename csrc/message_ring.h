@@ -26,6 +26,7 @@
 #define MESSAGE_KICK 0x10000 /* the other side wants to be told */
 #define MESSAGE_MORE 0x20000 /* there is more and no notification will come: call again */
 #define MESSAGE_ALIKE 0x40000 /* all received have the destination and length of the first, none is kept */
+#define MESSAGE_EVEN 0x200000 /* not that, but all have the length of the first, and none is kept */
 
 /* What becomes of a received message's buffer, in its record. */
 #define MESSAGE_RETURNED 0

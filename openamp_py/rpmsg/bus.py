@@ -46,11 +46,11 @@ from openamp_py.virtio.message_ring import (
     KEPT,
     KICK,
     MAX_BUFFER_SIZE,
-    MIXED,
     MORE,
     POLL_HIT,
     POLLED,
     RETURNED,
+    SEVERAL,
     SMALL_BUFFER,
     Arrival,
     encode_lengths,
@@ -732,12 +732,20 @@ class Bus:
             if not hit:
                 self.poll_now = 0  # until trio ran the other tasks
         self._more = bool(bits & MORE)
-        if destination != MIXED:
+        if destination >= 0:
             endpoint = self._endpoints.get(destination)
             if endpoint is not None:
                 endpoint.deliver(messages, length)
             else:
                 self._deliver_elsewhere(destination, messages)
+        elif destination == SEVERAL:
+            endpoints = self._endpoints
+            for each, message in zip(self._receiving.destinations, messages, strict=True):
+                endpoint = endpoints.get(each)
+                if endpoint is not None:
+                    endpoint.deliver_one(message, length)
+                else:
+                    self._deliver_elsewhere(each, [message])
         elif mixed:
             self._deliver_mixed(mixed)
         if turns:

@@ -41,6 +41,9 @@ _unpack_first = struct.Struct("<IHHI").unpack_from
 _NULL = ffi.NULL
 
 _ALIKE: Final[int] = lib.MESSAGE_ALIKE
+_EVEN: Final[int] = lib.MESSAGE_EVEN
+_ALIKE_OR_EVEN = _ALIKE | _EVEN
+_WORDS = 5  # u32 in a record, of which the first is the destination
 _COUNT = 0xFFFF
 _GIVE_BACK: Final[int] = lib.MESSAGE_GIVE_BACK
 _STAY_QUIET: Final[int] = lib.MESSAGE_STAY_QUIET
@@ -57,7 +60,9 @@ KICK: Final[int] = lib.MESSAGE_KICK
 MORE: Final[int] = lib.MESSAGE_MORE
 """The same: there is more, also where the other side has kicked."""
 MIXED: Final = -1
-"""Instead of a destination: the messages are a list of Arrival."""
+SEVERAL: Final = -2
+"""Instead of a destination: what came is a list of Arrival; or messages of the same length, for
+`MessageRing.destinations`."""
 
 
 class Message(NamedTuple):
@@ -115,6 +120,7 @@ class MessageRing:
     the other side has written an impossible value into the ring.
 
     Attributes:
+        destinations: of each message that `take` returned last for SEVERAL.
         transmit: what `send` does, for the path of nearly every message: also BROKEN is a
             result, as it is for a closed ring.
 
@@ -145,6 +151,7 @@ class MessageRing:
         self._pool: Pinned | None = None
         self._spans = ffi.new("struct vq_span[]", num)
         self._places = ffi.new("uint64_t[]", num)
+        self.destinations: list[int] = []
         self._ring = self._handle = ffi.new("struct message_ring *")
         ring = self._handle
         ring.queue = queue.handle
@@ -164,6 +171,7 @@ class MessageRing:
             ring.scratch = self._scratch
             self._records = ffi.new("struct message_record[]", self._batch)
             self._record_bytes = memoryview(ffi.buffer(self._records))
+            self._record_words = self._record_bytes.cast("I")
             room = buffer_size - HEADER_SIZE + SOURCE_SIZE
             self._data = ffi.new("uint8_t[]", self._batch * room)
             self._data_buffer = ffi.buffer(self._data)
@@ -319,9 +327,9 @@ class MessageRing:
                 buffer of `sending`; both rings are left quiet then.
 
         Returns:
-            The bits KICK, MORE, POLLED and POLL_HIT. Then, where that is the same for all that came
-            and none is kept, their destination and the length of each, and the messages;
-            otherwise MIXED, 0, no messages, and what came as arrivals.
+            The bits KICK, MORE, POLLED and POLL_HIT. Then, where none is kept and the length is
+            the same for all that came, their destination or SEVERAL, the length of each, and the
+            messages; otherwise MIXED, 0, no messages, and what came as arrivals.
         """
         result: int = _receive(
             self._ring,
@@ -337,9 +345,12 @@ class MessageRing:
             return result, MIXED, 0, _NO_MESSAGES, _NO_ARRIVALS
         if result < 0:
             self.queue.result(result)
-        if not result & _ALIKE:
+        if not result & _ALIKE_OR_EVEN:
             return result, MIXED, 0, _NO_MESSAGES, self._sort_out(count)
         destination, length, _, source = _unpack_first(self._record_bytes)
+        if result & _EVEN:
+            destination = SEVERAL
+            self.destinations = self._record_words[: count * _WORDS : _WORDS].tolist()
         if count == 1:
             messages = [_make_message((self._data_buffer[:length], source))]
         else:

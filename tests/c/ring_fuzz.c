@@ -632,7 +632,7 @@ static int32_t receive_something(const struct link *l, struct message_ring *ring
                                  uint8_t *data)
 {
     uint32_t room = ring->buffer_size - MESSAGE_HEADER + MESSAGE_SOURCE, max = 1u + random_below(MAX_BATCH);
-    int32_t how = (int32_t)random_below(4), result, alike = 1;
+    int32_t how = (int32_t)random_below(4), result, even = 1, alike = 1;
     if (random_below(16) == 0)
         choose_keep(ring);
     switch (random_below(8)) {
@@ -674,12 +674,14 @@ static int32_t receive_something(const struct link *l, struct message_ring *ring
     }
     const uint32_t count = (uint32_t)result & 0xFFFFu;
     check(count <= max, "received", result);
-    check((result & ~(0xFFFF | MESSAGE_KICK | MESSAGE_MORE | MESSAGE_ALIKE)) == 0, "bits", result);
+    check((result & ~(0xFFFF | MESSAGE_KICK | MESSAGE_MORE | MESSAGE_ALIKE | MESSAGE_EVEN)) == 0, "bits", result);
     for (uint32_t i = 0; i < count; i++) {
         check_record(l, ring, &records[i], data, max * room, how);
-        alike &= !records[i].kept && records[i].dst == records[0].dst && records[i].length == records[0].length;
+        even &= !records[i].kept && records[i].length == records[0].length;
+        alike &= records[i].dst == records[0].dst;
     }
-    check(count == 0 || alike == ((result & MESSAGE_ALIKE) != 0), "alike", result);
+    check(count == 0 || (even && alike) == ((result & MESSAGE_ALIKE) != 0), "alike", result);
+    check(count == 0 || (even && !alike) == ((result & MESSAGE_EVEN) != 0), "even", result);
     return result;
 }
 

@@ -27,6 +27,7 @@ from openamp_py.virtio.message_ring import (
     POLL_HIT,
     POLLED,
     RETURNED,
+    SEVERAL,
     encode_lengths,
 )
 from openamp_py.vring import VringLayout
@@ -1018,6 +1019,12 @@ def take(ring: MessageRing) -> list[Arrival]:
         assert (length, messages) == (0, [])
         return arrivals
     assert arrivals == [] and all(type(message) is Message for message in messages)
+    if destination == SEVERAL:
+        assert len(set(ring.destinations)) > 1
+        return [
+            Arrival(each, [message], length, RETURNED, 0)
+            for each, message in zip(ring.destinations, messages, strict=True)
+        ]
     return [Arrival(destination, messages, length, RETURNED, 0)]
 
 
