@@ -122,6 +122,8 @@ class BusDump:
             f"  payload limit: {self.payload_limit} sent, {self.receive_payload_limit} received; "
             f"polling {self.polling * 1e6:g} us",
         ]
+        options = ", ".join(f"{name} {value}" for name, value in self.options.items())
+        lines += [f"  options: {options}"]
         lines += [f"  {_fields(ring)}" for ring in self.rings]
         lines += [f"  {_fields(self.statistics)}"]
         lines += [f"endpoints: {len(self.endpoints)}"]
