@@ -350,7 +350,7 @@ async def test_hostile_names_are_escaped(open_pair: Any, name: str) -> None:
         dump = pair.host.dump()
         text = str(dump)
         assert dump.channels[0].name == name
-        assert len(text.splitlines()) == 1 + 5 + 1 + 1 + 1
+        assert len(text.splitlines()) == 1 + 6 + 1 + 1 + 1
         for character in "\x1b\x07\x9b\u202e\r":
             assert character not in text
         assert text.count("endpoints: 99") <= 1
