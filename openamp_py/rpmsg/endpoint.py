@@ -194,19 +194,8 @@ class Endpoint:
             await bus.rest()
         else:
             await checkpoint_if_cancelled()
-        if (
-            type(payload) is bytes
-            and self._destination != ADDRESS_ANY
-            and not (self._over or bus.blocked)
-        ):
-            length = len(payload)
-            result = bus.transmit(self.address, self._destination, payload, length)
-            if result >= 0:
-                if result:
-                    bus.kick()
-                self._sent += 1
-                self._sent_bytes += length
-                return
+        if self._transmit(payload, self._destination):
+            return
         data = self._check_payload(payload)
         while not await self._send(data, self.address, await self._wait_peer(), to_peer=True):
             pass
@@ -218,19 +207,8 @@ class Endpoint:
             await bus.rest()
         else:
             await checkpoint_if_cancelled()
-        if (
-            type(payload) is bytes
-            and 0 <= destination < ADDRESS_ANY
-            and not (self._over or bus.blocked)
-        ):
-            length = len(payload)
-            result = bus.transmit(self.address, destination, payload, length)
-            if result >= 0:
-                if result:
-                    bus.kick()
-                self._sent += 1
-                self._sent_bytes += length
-                return
+        if self._transmit(payload, destination):
+            return
         data = self._check_payload(payload)
         await self._send(data, self.address, check_destination(destination))
 
@@ -859,6 +837,24 @@ class Endpoint:
         if not self._bus.send_nowait(source, destination, data):
             raise trio.WouldBlock(f"{self!r}: no buffer is free")
         self._count_sent(1, len(data))
+
+    def _transmit(self, payload: Payload, destination: int) -> bool:
+        """Sends the way of nearly every message. Returns whether it went; if not, `_send` sorts
+        out why."""
+        bus = self._bus
+        if type(payload) is not bytes or self._over or bus.blocked:
+            return False
+        if not 0 <= destination < ADDRESS_ANY:
+            return False
+        length = len(payload)
+        result = bus.transmit(self.address, destination, payload, length)
+        if result < 0:
+            return False
+        if result:
+            bus.kick()
+        self._sent += 1
+        self._sent_bytes += length
+        return True
 
     async def _send(
         self,
