@@ -8,6 +8,8 @@ from openamp_py.errors import (
     CoreCrashedError,
     CoreDiedError,
     CoreResetError,
+    CrashKind,
+    CrashLoopError,
     FirmwareError,
     ImageError,
     OpenAMPError,
@@ -26,6 +28,7 @@ from openamp_py.platforms import (
     ShmLink,
 )
 from openamp_py.remoteproc import (
+    Core,
     Firmware,
     Link,
     Platform,
@@ -88,6 +91,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "NativePlatform",
     "ProcessPlatform",
     "LoopbackPlatform",
+    "Core",
     "Link",
     "ShmLink",
     "ShmAddress",
@@ -114,5 +118,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "CoreDiedError",
     "CoreCrashedError",
     "CoreResetError",
+    "CrashLoopError",
+    "CrashKind",
     "StateError",
 ]

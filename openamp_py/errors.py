@@ -9,8 +9,9 @@
     │   └── ResourceTableError     the resource table, in an image or in memory
     ├── PlatformError            the platform could not do what was asked
     │   └── CoreDiedError          a core that ran, ended when it should not have
-    │       ├── CoreCrashedError     by a fault or a signal
-    │       └── CoreResetError       it asked for a reset
+    │       ├── CoreCrashedError     by a fault or a signal, or it was reported as crashed
+    │       ├── CoreResetError       it asked for a reset
+    │       └── CrashLoopError       it crashed again and again, and was given up
     └── StateError               the caller's: not in this state (also a RuntimeError)
 
 A bad argument is a plain ``ValueError`` or ``TypeError``. An endpoint raises
@@ -22,7 +23,9 @@ other side failed, ``trio.EndOfChannel`` when the other side withdrew the channe
 
 from __future__ import annotations
 
+import enum
 import signal
+from collections.abc import Mapping
 
 
 class OpenAMPError(Exception):
@@ -72,10 +75,24 @@ class CoreDiedError(PlatformError):
         self.exit_code = exit_code
 
 
+class CrashKind(enum.Enum):
+    """What kind of crash was reported, in Linux's words."""
+
+    MMU_FAULT = "mmufault"
+    """It touched memory that is not its own."""
+    WATCHDOG = "watchdog"
+    """It did not answer in time."""
+    FATAL_ERROR = "fatal error"
+    """Anything else that it cannot go on after."""
+
+
 class CoreCrashedError(CoreDiedError):
-    """A core was ended by a fault of its own or by a signal from outside.
+    """A core was ended by a fault of its own or by a signal, or was reported as crashed.
 
     Attributes:
+        kind: what was reported; a fatal error where nobody said more.
+        registers: the core's registers by name, as the debugger calls them; empty where the
+            platform cannot tell.
         signal: number of the signal, if there was one.
         address: the address that faulted, where the platform knows it.
         pc: the instruction that faulted, where the platform knows it.
@@ -89,15 +106,23 @@ class CoreCrashedError(CoreDiedError):
         signal: signal.Signals | None = None,
         address: int | None = None,
         pc: int | None = None,
+        kind: CrashKind = CrashKind.FATAL_ERROR,
+        registers: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(message, exit_code=exit_code)
         self.signal = signal
         self.address = address
         self.pc = pc
+        self.kind = kind
+        self.registers = dict(registers or {})
 
 
 class CoreResetError(CoreDiedError):
     """A core asked for a reset: all it knew of its virtio devices is lost."""
+
+
+class CrashLoopError(CoreDiedError):
+    """A core crashed too often to be recovered once more; its last crash is the cause."""
 
 
 class StateError(OpenAMPError, RuntimeError):

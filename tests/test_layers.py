@@ -24,6 +24,7 @@ FLOORS = {
     "rpmsg.in_place": 3,
     "remoteproc.elf": 3,
     "remoteproc.resource_table": 3,
+    "remoteproc.coredump": 3,
     "remoteproc.lifecycle": 3,
     "remoteproc.plan": 3,
     "firmware": 3,

@@ -10,14 +10,14 @@ from openamp_py.errors import CoreCrashedError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
 from openamp_py.remoteproc.elf import Firmware
-from openamp_py.remoteproc.platform import Link
+from openamp_py.remoteproc.platform import Core, Link, Platform
 from openamp_py.virtio import Handshake
 
 Application = Callable[[Link], Awaitable[None]]
 """A remote application: it gets its end of the link and returns when it is done."""
 
 
-class LoopbackPlatform:
+class LoopbackPlatform(Platform):
     """Memory for a remote that is a trio task of this program.
 
     Args:
@@ -38,7 +38,7 @@ class LoopbackPlatform:
         handshake: Handshake = Handshake.FULL,
         memory_size: int = demo.MEMORY_SIZE,
     ) -> None:
-        self.buffer_area: tuple[int, int] | None = demo.buffer_area(memory_size)
+        self.buffer_area = demo.buffer_area(memory_size)
         self._application = application
         self._handshake = handshake
         self._shared = SharedMemory.create("openamp-loopback", memory_size)
@@ -80,7 +80,7 @@ class _RemoteEnd:
 
     name = "loopback host"
     buffer_area: tuple[int, int] | None = None  # a device brings none
-    table_da = demo.TABLE_DA
+    table_da: int | None = demo.TABLE_DA
 
     def __init__(self, memory: MemoryMap, handshake: Handshake, own: _Bell, other: _Bell) -> None:
         self.memory = memory
@@ -101,7 +101,7 @@ class _RemoteEnd:
         await self._own.run(notified)
 
 
-class LoopbackCore:
+class LoopbackCore(Core):
     """One run of the application, seen from the host."""
 
     name = "loopback core"

@@ -5,26 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import platform as host_machine
-import signal
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import trio
 
 from openamp_py import firmware as shipped
-from openamp_py.errors import (
-    CoreCrashedError,
-    CoreDiedError,
-    CoreResetError,
-    ImageError,
-    PlatformError,
-)
+from openamp_py.errors import ImageError, PlatformError
 from openamp_py.memory import MemoryMap, SharedMemory
-from openamp_py.platforms.child import killed, run_child, spawn
+from openamp_py.platforms.child import run_child, spawn
 from openamp_py.platforms.doorbell import Doorbell, DoorbellLink, create_pair
+from openamp_py.platforms.report import REPORT_SIZE, judge
 from openamp_py.remoteproc.elf import Firmware
-from openamp_py.virtio import Handshake
+from openamp_py.remoteproc.platform import Core, Platform
 
 RAM_DA = 0x2000_0000
 """Where the core's RAM begins: below 4 GiB, because a resource table holds u32 addresses."""
@@ -35,12 +28,8 @@ RAM_SIZE = 16 << 20
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 """ELF machine numbers by the name of the machine."""
 
-# The report of csrc/native_core.c: kind, signal, code, pad, fault address, pc, sp, text
-_REPORT = struct.Struct("=IIiIQQQ96s")
-_FAULT, _SETUP, _RESET, _HALT = 1, 2, 3, 4
 
-
-class NativePlatform:
+class NativePlatform(Platform):
     """Memory and cores for firmware that is built for this machine.
 
     Args:
@@ -52,7 +41,6 @@ class NativePlatform:
     """
 
     name = "native"
-    buffer_area: tuple[int, int] | None = None
 
     def __init__(self, *, ram_da: int = RAM_DA, ram_size: int = RAM_SIZE) -> None:
         machine = host_machine.machine()
@@ -87,7 +75,7 @@ class NativePlatform:
         self._shared.close()
 
 
-class NativeCore(DoorbellLink):
+class NativeCore(DoorbellLink, Core):
     """One boot of the native core: a child process, its doorbell and its last words.
 
     Attributes:
@@ -95,12 +83,12 @@ class NativeCore(DoorbellLink):
     """
 
     name = "native core"
-    buffer_area: tuple[int, int] | None = None
-    handshake = Handshake.FULL
 
     def __init__(self, memory: MemoryMap, fd: int, window: str, firmware: Firmware) -> None:
         self.memory = memory
-        self.table_da = firmware.table_da or 0
+        self.table_da = firmware.table_da
+        self.machine = firmware.machine
+        self.elf_class = firmware.elf_class
         self.pid: int | None = None
         self._fd = fd
         self._window = window
@@ -119,7 +107,7 @@ class NativeCore(DoorbellLink):
             self.doorbell = Doorbell(ours)
             stack.callback(self.doorbell.close)
             # Memory of just its size: still there after any death, and never more than that.
-            report = SharedMemory.create("openamp-report", _REPORT.size)
+            report = SharedMemory.create("openamp-report", REPORT_SIZE)
             stack.callback(report.close)
             process = spawn(
                 [
@@ -135,43 +123,7 @@ class NativeCore(DoorbellLink):
             theirs.close()
             self.pid = process.pid
             await run_child(process, self.doorbell, notified, task_status)
-            _judge(process.returncode, os.pread(report.fd, _REPORT.size, 0))
-
-
-def _judge(returncode: int, report: bytes) -> None:
-    """Turns the end of the process into nothing, where it was orderly, or into an error.
-
-    The firmware shares the process with whatever wrote the report, so it is taken as a hint
-    about the cause and not for whether there was one.
-    """
-    kind, _number, code, _pad, address, pc, _sp, text = _REPORT.unpack(report)
-    if returncode < 0:
-        error = killed("the core", returncode)
-        if kind == _FAULT:
-            refused = error.signal is signal.SIGSYS
-            detail = (
-                f"system call {address} is not allowed to firmware"
-                if refused
-                else f"at address {address:#x}"
-            )
-            raise CoreCrashedError(
-                f"{error} {detail} (pc {pc:#x})",
-                exit_code=returncode,
-                signal=error.signal,
-                address=None if refused else address,
-                pc=pc,
-            )
-        raise error
-    if kind == _SETUP:
-        why = text.partition(b"\0")[0].decode(errors="backslashreplace")
-        raise PlatformError(f"the core could not be set up: {why}")
-    if kind == _RESET:
-        raise CoreResetError("the core asked for a reset", exit_code=returncode)
-    if returncode:
-        detail = f" (it halted with code {code})" if kind == _HALT else ""
-        raise CoreDiedError(
-            f"the core ended with exit code {returncode}{detail}", exit_code=returncode
-        )
+            judge(process.returncode, os.pread(report.fd, REPORT_SIZE, 0))
 
 
 def shipped_echo() -> Path:

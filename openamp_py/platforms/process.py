@@ -16,6 +16,7 @@ from openamp_py.platforms.child import killed, run_child, spawn
 from openamp_py.platforms.doorbell import Doorbell, DoorbellLink, create_pair
 from openamp_py.platforms.shm import KICK
 from openamp_py.remoteproc.elf import Firmware
+from openamp_py.remoteproc.platform import Core, Platform
 from openamp_py.virtio import Handshake
 
 URL = "{url}"
@@ -37,7 +38,7 @@ ECHO_COMMAND = module_command("openamp_py", "serve", "echo", "--core", URL)
 """The echo remote as a process."""
 
 
-class ProcessPlatform:
+class ProcessPlatform(Platform):
     """Memory and processes for remotes that open a `shm:` URL.
 
     Memory and doorbell are inherited descriptors, so there is no file and no path.
@@ -55,7 +56,7 @@ class ProcessPlatform:
     def __init__(
         self, command: Sequence[str] = ECHO_COMMAND, *, memory_size: int = demo.MEMORY_SIZE
     ) -> None:
-        self.buffer_area: tuple[int, int] | None = demo.buffer_area(memory_size)
+        self.buffer_area = demo.buffer_area(memory_size)
         self._command = tuple(command)
         self._shared = SharedMemory.create("openamp-process", memory_size)
         self.memory = MemoryMap([self._shared.region("shm", 0)])
@@ -73,7 +74,7 @@ class ProcessPlatform:
         self._shared.close()
 
 
-class ProcessCore(DoorbellLink):
+class ProcessCore(DoorbellLink, Core):
     """One run of the program, seen from the host.
 
     A program that looks at its doorbell sees the host's death as its end; one that does not
@@ -84,7 +85,7 @@ class ProcessCore(DoorbellLink):
     """
 
     name = "process core"
-    table_da = demo.TABLE_DA
+    table_da: int | None = demo.TABLE_DA
     handshake = Handshake.OPENAMP
 
     def __init__(

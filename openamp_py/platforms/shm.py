@@ -100,7 +100,7 @@ class ShmLink(DoorbellLink):
     """
 
     name = "shm link"
-    table_da = demo.TABLE_DA
+    table_da: int | None = demo.TABLE_DA
     buffer_area: tuple[int, int] | None = None  # until the memory is mapped
     handshake = Handshake.OPENAMP
     memory: MemoryMap

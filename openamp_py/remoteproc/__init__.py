@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from openamp_py.remoteproc.elf import Firmware, Segment, decode_elf_untrusted
 from openamp_py.remoteproc.lifecycle import ProcessorState
-from openamp_py.remoteproc.platform import Link, Platform
+from openamp_py.remoteproc.platform import Core, Link, Platform
 from openamp_py.remoteproc.processor import RemoteProcessor, open_processor
 from openamp_py.remoteproc.resource_table import (
     ResourceTable,
@@ -14,6 +14,7 @@ from openamp_py.remoteproc.resource_table import (
 from openamp_py.remoteproc.resources import Resources, open_resources
 
 __all__ = [
+    "Core",
     "Firmware",
     "Link",
     "Platform",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import abc
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
 
 from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError
 from openamp_py.memory import MemoryMap
+from openamp_py.remoteproc.coredump import DumpSegment
 from openamp_py.remoteproc.elf import Firmware
+from openamp_py.remoteproc.resource_table import Vendor
 from openamp_py.virtio import Handshake
 
 
@@ -19,8 +22,8 @@ class Link(Protocol):
     name: str
     """For messages: "native core", "shm link"."""
     memory: MemoryMap
-    table_da: int
-    """Where the resource table lies."""
+    table_da: int | None
+    """Where the resource table lies, where there is one."""
     buffer_area: tuple[int, int] | None
     """Device address and size of the buffers of device 0, where the layout fixes them."""
     handshake: Handshake
@@ -50,24 +53,145 @@ class Link(Protocol):
         ...
 
 
-class Platform(Protocol):
-    """A kind of core, and the memory of one such core. Owned by its RemoteProcessor."""
+class Core(abc.ABC):
+    """A core of a platform for one life: the link to it, and what else can be asked of it.
+
+    Made by a Platform, worked by a RemoteProcessor. Beside what a `Link` is, a core may be able
+    to pause and to be left running; those calls refuse unless a platform does them.
+
+    Attributes:
+        machine: its e_machine in an ELF, for the coredump; 0 where it runs no machine code.
+        elf_class: 32 or 64, for the same.
+        note: what the host that detached from it left for the next one.
+    """
 
     name: str
     memory: MemoryMap
-    buffer_area: tuple[int, int] | None
+    table_da: int | None
+    buffer_area: tuple[int, int] | None = None
+    handshake: Handshake = Handshake.FULL
+    machine: int = 0
+    elf_class: int = 32
+    note: bytes = b""
+
+    @abc.abstractmethod
+    def kick(self, notify_id: int) -> None:
+        """See `Link.kick`."""
+
+    @abc.abstractmethod
+    async def run(
+        self,
+        notified: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Boots the core, or takes over one that runs, and listens to its end. See `Link.run`."""
+
+    async def suspend(self) -> None:
+        """Lets the core execute nothing until `resume`; what is sent to it waits.
+
+        Raises:
+            PlatformError: it cannot be suspended.
+        """
+        raise PlatformError(f"the {self.name} cannot be suspended")
+
+    async def resume(self) -> None:
+        """Lets a suspended core go on.
+
+        Raises:
+            PlatformError: it cannot.
+        """
+        raise PlatformError(f"the {self.name} cannot be resumed")
+
+    def interrupt(self) -> None:
+        """Makes a core that answers no more end and say where it was, where that is possible.
+
+        `run` then raises its last words. Where it is not possible nothing happens, and the core is
+        ended by cancelling `run`.
+        """
+
+    async def detach(self, note: bytes) -> None:
+        """From now on the end of `run` leaves the core running, for another host to take over.
+
+        Args:
+            note: what that host is to know.
+
+        Raises:
+            PlatformError: it cannot be left running; nothing has changed.
+        """
+        raise PlatformError(f"the {self.name} cannot be left running")
+
+
+class Platform(abc.ABC):
+    """A kind of core, and the memory of one such core. Owned by its RemoteProcessor.
+
+    Only `create_core` must be there; each other operation does what most platforms want, and may
+    be replaced. One that raises, or is cancelled, leaves the processor where the next call works.
+
+    Attributes:
+        name: for messages, and for the processor where it has no other.
+        memory: what of the core's memory the host can reach.
+        buffer_area: device address and size of the buffers of device 0, where the layout fixes
+            them.
+    """
+
+    name: str
+    memory: MemoryMap
+    buffer_area: tuple[int, int] | None = None
 
     def check(self, firmware: Firmware) -> None:
         """Raises ImageError when this core cannot run the image."""
-        ...
 
-    def create_core(self, firmware: Firmware) -> Link:
+    async def prepare(self) -> None:
+        """Before an image is loaded or a core is attached: clocks, power, memory."""
+
+    async def unprepare(self) -> None:
+        """After a shutdown, the opposite of `prepare`. Also where `prepare` was cancelled."""
+
+    def find_table(self, firmware: Firmware) -> int | None:
+        """Device address at which the loaded image has its table; None where it has none."""
+        return firmware.table_da
+
+    def boot_address(self, firmware: Firmware) -> int:
+        """Device address at which the core is to start."""
+        return firmware.entry
+
+    def handle_vendor(self, entry: Vendor) -> bool:
+        """A vendor's entry in the resource table. Returns whether it means something here.
+
+        Raises:
+            ResourceTableError: it asks for what this platform cannot give; the load fails.
+        """
+        return False
+
+    def translate(self, da: int, size: int) -> memoryview | None:
+        """The memory at a device address, or None: for cores that see theirs elsewhere."""
+        return self.memory.find_da(da, size)
+
+    @abc.abstractmethod
+    def create_core(self, firmware: Firmware) -> Core:
         """A core that is about to run the loaded image; its `run` boots it. One for each start."""
-        ...
+
+    def attach_core(self) -> Core:
+        """A core that runs already; its `run` takes it over. Its memory is known from then on.
+
+        Raises:
+            PlatformError: there is none, or this platform cannot.
+        """
+        raise PlatformError(f"platform {self.name} cannot attach to a core that runs already")
+
+    async def dump_segments(self) -> Sequence[DumpSegment]:
+        """What a coredump is to contain beside the core's memory: registers of peripherals, say."""
+        return ()
+
+    def panic(self) -> None:
+        """The host program is about to end by an error: leave the core as safe as can be.
+
+        Neither waits nor raises.
+        """
 
     def close(self) -> None:
         """Gives the memory back. Idempotent."""
-        ...
 
 
 async def run_link(

@@ -82,12 +82,14 @@ class Resources:
         self._link = link
         self._role = role
         memory = link.memory
+        if link.table_da is None:
+            raise ResourceTableError(f"{link.name}: there is no resource table")
         view = table_view(memory, link.table_da)
         # Copied once: what is checked is what is used, whatever the peer writes meanwhile.
         self.table = rt.decode_table_untrusted(bytes(view))
         areas = carveouts or {c.name: (c.da, c.length) for c in self.table.carveouts}
         if arena is None:
-            arena = _arena_of(self.table, link)
+            arena = _arena_of(self.table, memory, link.table_da)
         self._stack = contextlib.ExitStack()
         self.devices: tuple[VirtioDevice, ...] = ()
         try:
@@ -168,10 +170,10 @@ def table_view(memory: MemoryMap, da: int) -> memoryview:
     raise ResourceTableError(f"resource table at {da:#x} lies outside the memory: {memory}")
 
 
-def _arena_of(table: rt.ResourceTable, link: Link) -> Arena:
+def _arena_of(table: rt.ResourceTable, memory: MemoryMap, table_da: int) -> Arena:
     """What of the memory is taken on a link that was not loaded by us."""
-    arena = Arena(link.memory)
-    arena.reserve(link.table_da, table.length)
+    arena = Arena(memory)
+    arena.reserve(table_da, table.length)
     for carveout in table.carveouts:
         arena.reserve(carveout.da, carveout.length)
     for vdev in table.vdevs:

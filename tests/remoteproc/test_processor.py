@@ -12,13 +12,14 @@ import trio
 import trio.testing
 
 from openamp_py import (
+    Core,
     CoreCrashedError,
     Firmware,
     Handshake,
     ImageError,
-    Link,
     OpenAMPError,
     PeerGoneError,
+    Platform,
     PlatformError,
     ProcessorState,
     RemoteProcessor,
@@ -36,11 +37,11 @@ from openamp_py.remoteproc.lifecycle import TRANSITIONS, Call
 from openamp_py.remoteproc.resource_table import Carveout, Unknown, Vdev, Vring
 
 
-class FakePlatform:
+class FakePlatform(Platform):
     """A platform whose core runs until the test ends it."""
 
     name = "fake"
-    buffer_area: tuple[int, int] | None = demo.buffer_area()
+    buffer_area = demo.buffer_area()
 
     def __init__(self) -> None:
         self._shared = SharedMemory.create("openamp-fake", demo.MEMORY_SIZE)
@@ -56,7 +57,7 @@ class FakePlatform:
         if firmware.machine:
             raise ImageError("the fake runs nothing")
 
-    def create_core(self, firmware: Firmware) -> Link:
+    def create_core(self, firmware: Firmware) -> Core:
         return FakeCore(self)
 
     def close(self) -> None:
@@ -64,12 +65,12 @@ class FakePlatform:
         self._shared.close()
 
 
-class FakeCore:
+class FakeCore(Core):
     """One life of it."""
 
     name = "fake core"
     buffer_area: tuple[int, int] | None = demo.buffer_area()
-    table_da = demo.TABLE_DA
+    table_da: int | None = demo.TABLE_DA
     handshake = Handshake.FULL
 
     def __init__(self, platform: FakePlatform) -> None:
