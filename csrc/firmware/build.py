@@ -46,6 +46,8 @@ _FIRMWARE_FLAGS = (
     "-fno-stack-protector",
     "-fno-asynchronous-unwind-tables",
     "-fno-unwind-tables",
+    "-g",  # for a debugger that reads a coredump; none of it is loaded
+    f"-ffile-prefix-map={FIRMWARE_DIR}=csrc/firmware",
     "-Wl,--build-id=none",
     "-Wl,-z,noexecstack",
     "-Wl,-z,max-page-size=4096",  # aarch64 would pad the file to 64 KiB

@@ -5,11 +5,43 @@
 #include "native_soc.h"
 #include "port.h"
 
-void firmware_entry(const struct native_soc *native_soc);
+_Noreturn void native_start(const struct native_soc *native_soc);
 
 static const struct native_soc *soc;
 
-void firmware_entry(const struct native_soc *native_soc)
+/*
+ * The core calls firmware_entry on a stack of the process. This one is in RAM, as on any SoC, so
+ * that a coredump has it and a debugger finds the callers.
+ */
+#define STACK_SIZE "16384"
+__asm__("    .pushsection .bss.stack, \"aw\", %nobits\n"
+        "    .balign 16\n"
+        "    .skip " STACK_SIZE "\n"
+        "native_stack_top:\n"
+        "    .popsection\n"
+        "    .pushsection .text.entry, \"ax\", %progbits\n"
+        "    .globl firmware_entry\n"
+        "    .type firmware_entry, %function\n"
+        "firmware_entry:\n"
+        "    .cfi_startproc\n"
+#if defined(__x86_64__)
+        "    .cfi_undefined rip\n" /* nobody called: where a debugger's backtrace ends */
+        "    leaq native_stack_top(%rip), %rsp\n"
+        "    xorl %ebp, %ebp\n"
+        "    call native_start\n"
+#elif defined(__aarch64__)
+        "    .cfi_undefined x30\n"
+        "    adrp x9, native_stack_top\n"
+        "    add x9, x9, :lo12:native_stack_top\n"
+        "    mov sp, x9\n"
+        "    mov x29, xzr\n"
+        "    bl native_start\n"
+#endif
+        "    .cfi_endproc\n"
+        "    .size firmware_entry, . - firmware_entry\n"
+        "    .popsection\n");
+
+_Noreturn void native_start(const struct native_soc *native_soc)
 {
     if (native_soc->abi != NATIVE_SOC_ABI)
         __builtin_trap();

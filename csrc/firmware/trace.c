@@ -49,16 +49,23 @@ void trace_hex(uint32_t value)
     }
 }
 
-/* Make room by dropping the older half, up to the end of a line. */
+/*
+ * Make room by dropping the older half, up to the end of a line. The host may read meanwhile: it is
+ * shown text that does not continue what it had, never text twice.
+ */
 static void drop_older_half(void)
 {
-    uint32_t start = used / 2;
+    uint32_t start = used / 2 + 1; /* beyond what is kept, so that the end mark spares it */
+    uint32_t kept;
 
     while (start < used && trace_buffer[start - 1] != '\n')
         start++;
-    memmove(trace_buffer, trace_buffer + start, used - start);
-    memset(trace_buffer + used - start, 0, start);
-    used -= start;
+    kept = used - start;
+    trace_buffer[kept] = '\0';
+    __atomic_thread_fence(__ATOMIC_RELEASE); /* the end mark first, for a host that reads along */
+    memcpy(trace_buffer, trace_buffer + start, kept);
+    memset(trace_buffer + kept, 0, start);
+    used = kept;
 }
 
 void trace_end(void)
