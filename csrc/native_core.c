@@ -18,17 +18,23 @@
  *     125      the core could not be set up     } the report tells which it was
  *     signal   a fault (SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGABRT, SIGSYS), or a kill
  *
- * The report: 136 bytes, the machine's byte order, no padding; struct "=IIiIQQQ96s" in Python:
+ * The report: 392 bytes, the machine's byte order, no padding; struct "=IIiIQ34Q96s" in Python:
  *
  *     0    u32  kind           1 fault, 2 setup failure, 3 reset request, 4 halted or returned
  *     4    u32  signal         1: the signal; else 0
- *     8    s32  code           1: si_code; 2: errno or 0; 4: the halt code as the firmware gave it
- *     12   u32  pad            0
+ *     8    s32  code           1: si_code, 0 or less where a process sent the signal (a host that
+ *                              interrupts a hung core); 2: errno or 0; 4: the halt code as the
+ *                              firmware gave it
+ *     12   u32  machine        1: whose registers these are, as e_machine in an ELF; else 0
  *     16   u64  fault_address  1: address accessed, 0 if unknown; for SIGSYS the number of the
  *                              refused system call
- *     24   u64  pc             1: program counter
- *     32   u64  sp             1: stack pointer
- *     40   text[96]            2: one line, NUL terminated; else empty
+ *     24   u64  registers[34]  1: the machine's, in the order of its user_regs_struct in Linux,
+ *                              which is that of NT_PRSTATUS in a core file; zeroes behind them
+ *                              62 (x86-64): r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi
+ *                              rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs;
+ *                              those that a signal does not save are 0, orig_rax is -1
+ *                              183 (aarch64): x0..x30 sp pc pstate (gdb calls it cpsr)
+ *     296  text[96]            2: one line, NUL terminated; else empty
  *
  * The firmware lives in this process and can write to its memory, so a reader takes the report as
  * untrusted.
@@ -40,6 +46,7 @@
  */
 #define _GNU_SOURCE
 
+#include <elf.h>
 #include <errno.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
@@ -60,6 +67,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <sys/user.h>
 #include <ucontext.h>
 #include <unistd.h>
 
@@ -67,8 +75,10 @@
 
 #if defined(__x86_64__)
 #define CORE_AUDIT_ARCH AUDIT_ARCH_X86_64
+#define CORE_MACHINE EM_X86_64
 #elif defined(__aarch64__)
 #define CORE_AUDIT_ARCH AUDIT_ARCH_AARCH64
+#define CORE_MACHINE EM_AARCH64
 #else
 #error "native-core knows x86-64 and aarch64 only"
 #endif
@@ -76,6 +86,7 @@
 #define EXIT_RESET 124
 #define EXIT_SETUP 125
 
+#define REGISTERS 34   /* of aarch64; x86-64 has 27 */
 #define MAX_WINDOWS 64 /* a host that maps more has a bug */
 
 enum report_kind { REPORT_FAULT = 1, REPORT_SETUP = 2, REPORT_RESET = 3, REPORT_HALT = 4 };
@@ -84,17 +95,19 @@ struct report {
     uint32_t kind;
     uint32_t signal;
     int32_t code;
-    uint32_t pad;
+    uint32_t machine;
     uint64_t fault_address;
-    uint64_t pc;
-    uint64_t sp;
+    uint64_t registers[REGISTERS];
     char text[96];
 };
 
-_Static_assert(sizeof(struct report) == 136, "the report is decoded by its offsets");
+_Static_assert(sizeof(struct report) == 392, "the report is decoded by its offsets");
 _Static_assert(offsetof(struct report, fault_address) == 16,
                "the report is decoded by its offsets");
-_Static_assert(offsetof(struct report, text) == 40, "the report is decoded by its offsets");
+_Static_assert(offsetof(struct report, registers) == 24, "the report is decoded by its offsets");
+_Static_assert(offsetof(struct report, text) == 296, "the report is decoded by its offsets");
+_Static_assert(sizeof(struct user_regs_struct) <= sizeof((struct report){0}.registers),
+               "a report has room for the machine's registers");
 
 struct window {
     uint64_t da;
@@ -213,24 +226,62 @@ static const struct native_soc soc = {
 
 static const int fault_signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP, SIGABRT, SIGSYS};
 
+/* The registers of a signal context, in the order of a core file. */
+static struct user_regs_struct registers_of(const ucontext_t *context)
+{
+    const mcontext_t *saved = &context->uc_mcontext;
+    struct user_regs_struct registers = {0};
+
+#if defined(__x86_64__)
+#define SAVED(index) ((unsigned long long)saved->gregs[index])
+    registers.r15 = SAVED(REG_R15);
+    registers.r14 = SAVED(REG_R14);
+    registers.r13 = SAVED(REG_R13);
+    registers.r12 = SAVED(REG_R12);
+    registers.rbp = SAVED(REG_RBP);
+    registers.rbx = SAVED(REG_RBX);
+    registers.r11 = SAVED(REG_R11);
+    registers.r10 = SAVED(REG_R10);
+    registers.r9 = SAVED(REG_R9);
+    registers.r8 = SAVED(REG_R8);
+    registers.rax = SAVED(REG_RAX);
+    registers.rcx = SAVED(REG_RCX);
+    registers.rdx = SAVED(REG_RDX);
+    registers.rsi = SAVED(REG_RSI);
+    registers.rdi = SAVED(REG_RDI);
+    registers.orig_rax = UINT64_MAX; /* no system call is to be restarted */
+    registers.rip = SAVED(REG_RIP);
+    registers.eflags = SAVED(REG_EFL);
+    registers.rsp = SAVED(REG_RSP);
+    registers.cs = SAVED(REG_CSGSFS) & 0xFFFF; /* four of 16 bits: cs, gs, fs, ss */
+    registers.gs = SAVED(REG_CSGSFS) >> 16 & 0xFFFF;
+    registers.fs = SAVED(REG_CSGSFS) >> 32 & 0xFFFF;
+    registers.ss = SAVED(REG_CSGSFS) >> 48;
+#undef SAVED
+#else
+    for (size_t i = 0; i < sizeof registers.regs / sizeof registers.regs[0]; i++)
+        registers.regs[i] = saved->regs[i];
+    registers.sp = saved->sp;
+    registers.pc = saved->pc;
+    registers.pstate = saved->pstate;
+#endif
+    return registers;
+}
+
 static void on_fault(int number, siginfo_t *info, void *context)
 {
-    const ucontext_t *registers = context;
-    struct report report = {
-        .kind = REPORT_FAULT, .signal = (uint32_t)number, .code = info->si_code};
+    const struct user_regs_struct registers = registers_of(context);
+    struct report report = {.kind = REPORT_FAULT,
+                            .signal = (uint32_t)number,
+                            .code = info->si_code,
+                            .machine = CORE_MACHINE};
 
     if (number == SIGSYS && info->si_code > 0)
         report.fault_address = (uint64_t)(unsigned int)info->si_syscall;
     else if (info->si_code >
              0) /* sent by the kernel; otherwise si_addr overlays the sender's ids */
         report.fault_address = (uint64_t)(uintptr_t)info->si_addr;
-#if defined(__x86_64__)
-    report.pc = (uint64_t)registers->uc_mcontext.gregs[REG_RIP];
-    report.sp = (uint64_t)registers->uc_mcontext.gregs[REG_RSP];
-#else
-    report.pc = (uint64_t)registers->uc_mcontext.pc;
-    report.sp = (uint64_t)registers->uc_mcontext.sp;
-#endif
+    memcpy(report.registers, &registers, sizeof registers);
     (void)send_report(&report);
 
     /* RLIMIT_CORE 0 stops core files but not a core_pattern pipe; undumpable stops both. */

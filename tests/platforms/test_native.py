@@ -28,7 +28,7 @@ from openamp_py import (
     open_processor,
     open_session,
 )
-from openamp_py.platforms.native import RAM_DA, shipped_echo
+from openamp_py.platforms.native import RAM_DA, RAM_SIZE, NativeCore, shipped_echo
 from openamp_py.remoteproc import Segment
 
 # csrc/firmware/echo_protocol.h
@@ -59,6 +59,41 @@ async def test_a_crash_is_an_error_with_signal_and_address() -> None:
     assert (error.signal, error.address) == (signal.SIGSEGV, CRASH_ADDRESS)
     assert error.pc is not None and RAM_DA <= error.pc < RAM_DA + (1 << 16)
     assert "died of SIGSEGV at address 0xdead0000" in str(error)
+
+
+async def test_a_crash_tells_the_registers() -> None:
+    error = await _send_and_break(CRASH)
+    assert isinstance(error, CoreCrashedError)
+    pc, stack, argument = {
+        "x86_64": ("rip", "rsp", "rdi"),
+        "aarch64": ("pc", "sp", "x0"),
+    }[platform.machine()]
+    assert error.registers[pc] == error.pc
+    assert error.registers[argument] == CRASH_ADDRESS
+    assert RAM_DA <= error.registers[stack] < RAM_DA + RAM_SIZE, "the stack is in the dump too"
+
+
+async def test_a_hung_core_that_is_interrupted_tells_where_it_hangs() -> None:
+    with trio.fail_after(LIMIT):
+        async with (
+            open_session("native") as session,
+            session.bus.open_endpoint(ECHO_CHANNEL) as endpoint,
+        ):
+            processor = session.processor
+            assert processor is not None and isinstance(processor.core, NativeCore)
+            assert processor.core.pid is not None
+            await endpoint.send(HANG)
+            before = _cpu_ticks(str(processor.core.pid))
+            while _cpu_ticks(str(processor.core.pid)) < before + 3:  # so it spins
+                await trio.lowlevel.checkpoint()
+            os.kill(processor.core.pid, signal.SIGABRT)
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await endpoint.receive()
+    error = caught.value.__cause__
+    assert isinstance(error, CoreCrashedError)
+    assert error.pc is not None and RAM_DA <= error.pc < RAM_DA + (1 << 16)
+    assert str(error) == f"the core died of SIGABRT: interrupted at pc {error.pc:#x}"
+    assert (error.signal, error.address) == (signal.SIGABRT, None)
 
 
 async def test_a_reset_is_an_error_of_its_own() -> None:
