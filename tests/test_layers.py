@@ -25,6 +25,7 @@ FLOORS = {
     "remoteproc.elf": 3,
     "remoteproc.resource_table": 3,
     "remoteproc.coredump": 3,
+    "remoteproc.trace": 3,
     "remoteproc.lifecycle": 3,
     "remoteproc.plan": 3,
     "firmware": 3,
