@@ -1,4 +1,4 @@
-"""Cores that are child processes: starting one, listening to it, and saying how it ended."""
+"""Cores that are processes: starting one, pausing it, listening to it, and how it ended."""
 
 from __future__ import annotations
 
@@ -7,14 +7,109 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import trio
 
 from openamp_py.errors import CoreCrashedError, PeerGoneError, PlatformError
-from openamp_py.platforms.doorbell import Doorbell
+from openamp_py.platforms.doorbell import Doorbell, DoorbellLink
+from openamp_py.remoteproc.platform import Core
 
 # A child that closes its doorbell is about to end; after so many seconds it is not.
 _EXIT_GRACE = 1.0
+
+# How often to look whether a process has stopped (seconds). The kernel tells only its parent's
+# SIGCHLD handler and waitid(2), which would block a thread.
+_LOOK_EVERY = 0.0005
+
+
+class SignalledCore(DoorbellLink, Core):
+    """A core that is a process, and pauses and breaks off by signals.
+
+    Attributes:
+        pid: the process, once it was started.
+    """
+
+    pid: int | None = None
+    _alive = False  # whether `pid` is surely still ours: from its start until it is reaped
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Sends a signal to all of the core.
+
+        Raises:
+            ProcessLookupError: it has ended.
+        """
+        if self.pid is None or not self._alive:
+            raise ProcessLookupError
+        os.kill(self.pid, number)
+
+    def _stopped(self) -> bool:
+        """Whether no thread of the core executes.
+
+        Raises:
+            ProcessLookupError: it has ended.
+        """
+        if self.pid is None or not self._alive:
+            raise ProcessLookupError
+        return is_stopped(self.pid)
+
+    async def suspend(self) -> None:
+        """Stops the process, and returns when none of its threads executes any more.
+
+        Raises:
+            PlatformError: the core does not run.
+
+        Cancellation: the core goes on.
+        """
+        await trio.lowlevel.checkpoint()
+        try:
+            self._signal(signal.SIGSTOP)
+            while not self._stopped():
+                await trio.sleep(_LOOK_EVERY)
+        except ProcessLookupError:
+            raise self._not_running("suspended") from None
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                self._signal(signal.SIGCONT)
+            raise
+
+    async def resume(self) -> None:
+        """Lets the process go on.
+
+        Raises:
+            PlatformError: the core does not run.
+        """
+        await trio.lowlevel.checkpoint()
+        try:
+            self._signal(signal.SIGCONT)
+        except ProcessLookupError:
+            raise self._not_running("resumed") from None
+
+    def interrupt(self) -> None:
+        """Aborts the process: one that hangs, or is suspended, says where and ends."""
+        with contextlib.suppress(ProcessLookupError):
+            self._signal(signal.SIGABRT)
+            self._signal(signal.SIGCONT)
+
+    def _not_running(self, what: str) -> PlatformError:
+        why = "was never started" if self.pid is None else "has ended"
+        return PlatformError(f"the {self.name} cannot be {what}: it {why}")
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of a process is stopped.
+
+    Raises:
+        ProcessLookupError: it has ended, though perhaps nobody has reaped it.
+    """
+    states = set()
+    for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            states.add(thread.read_text().rpartition(")")[2].split()[0])
+    states -= {"Z", "X"}  # zombie and dead; a leader is one before its threads are
+    if not states:
+        raise ProcessLookupError
+    return states <= {"T", "t"}
 
 
 def spawn(
@@ -59,7 +154,14 @@ async def run_child(
     async def listen(nursery: trio.Nursery) -> None:
         nonlocal deaf
         await doorbell.run(notified)
-        await trio.sleep(_EXIT_GRACE)
+        try:
+            stopped = True
+            while stopped:  # one that is suspended cannot end, and is not to blame
+                stopped = is_stopped(process.pid)
+                await trio.sleep(_EXIT_GRACE)
+                stopped = is_stopped(process.pid) or stopped
+        except ProcessLookupError:
+            return
         deaf = True
         nursery.cancel_scope.cancel()
 

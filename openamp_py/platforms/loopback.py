@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
-from openamp_py.errors import CoreCrashedError
+from openamp_py.errors import CoreCrashedError, PlatformError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
 from openamp_py.remoteproc.elf import Firmware
@@ -60,17 +60,28 @@ class LoopbackPlatform(Platform):
 
 
 class _Bell:
-    """A doorbell between two tasks."""
+    """A doorbell between two tasks. While it is held back, rings are remembered as one."""
 
     def __init__(self) -> None:
         self._rung = trio.Event()
+        self._free = trio.Event()
+        self._free.set()
 
     def ring(self) -> None:
         self._rung.set()
 
+    def hold(self) -> None:
+        if self._free.is_set():
+            self._free = trio.Event()
+
+    def release(self) -> None:
+        self._free.set()
+
     async def run(self, notified: Callable[[], None]) -> None:
         while True:
             await self._rung.wait()
+            while not self._free.is_set():
+                await self._free.wait()
             self._rung = trio.Event()
             notified()
 
@@ -102,7 +113,13 @@ class _RemoteEnd:
 
 
 class LoopbackCore(Core):
-    """One run of the application, seen from the host."""
+    """One run of the application, seen from the host.
+
+    The application is a task of this program, which nothing can pause: while it is suspended it
+    neither hears the host nor is heard. Kicks of either side wait, as one, for `resume`; what the
+    application does without being kicked it goes on doing, and its end is heard at once. It
+    cannot be interrupted.
+    """
 
     name = "loopback core"
 
@@ -121,10 +138,36 @@ class LoopbackCore(Core):
         self._application = application
         self._host_bell = _Bell()
         self._remote_bell = _Bell()
+        self._running = False
 
     def kick(self, notify_id: int) -> None:
         """Wakes the application's side."""
         self._remote_bell.ring()
+
+    async def suspend(self) -> None:
+        """Holds the kicks of both sides back, until `resume`.
+
+        Raises:
+            PlatformError: the application does not run.
+        """
+        await self._check_running("suspended")
+        for bell in (self._host_bell, self._remote_bell):
+            bell.hold()
+
+    async def resume(self) -> None:
+        """Lets the kicks through again, and those that waited.
+
+        Raises:
+            PlatformError: the application does not run.
+        """
+        await self._check_running("resumed")
+        for bell in (self._host_bell, self._remote_bell):
+            bell.release()
+
+    async def _check_running(self, what: str) -> None:
+        await trio.lowlevel.checkpoint()
+        if not self._running:
+            raise PlatformError(f"the {self.name} cannot be {what}: its application does not run")
 
     async def run(
         self,
@@ -142,6 +185,7 @@ class LoopbackCore(Core):
             nursery.start_soon(self._host_bell.run, notified)
             task_status.started()
             crash: CoreCrashedError | None = None
+            self._running = True
             try:
                 await self._application(remote)
             except Exception as error:
@@ -152,6 +196,8 @@ class LoopbackCore(Core):
                     raise cancelled from None
                 assert rest is not None, "no group is empty"
                 crash = _crash(rest)
+            finally:
+                self._running = False
             notified()
             nursery.cancel_scope.cancel()
         if crash is not None:

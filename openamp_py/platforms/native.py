@@ -13,11 +13,11 @@ import trio
 from openamp_py import firmware as shipped
 from openamp_py.errors import ImageError, PlatformError
 from openamp_py.memory import MemoryMap, SharedMemory
-from openamp_py.platforms.child import run_child, spawn
-from openamp_py.platforms.doorbell import Doorbell, DoorbellLink, create_pair
+from openamp_py.platforms.child import SignalledCore, run_child, spawn
+from openamp_py.platforms.doorbell import Doorbell, create_pair
 from openamp_py.platforms.report import REPORT_SIZE, judge
 from openamp_py.remoteproc.elf import Firmware
-from openamp_py.remoteproc.platform import Core, Platform
+from openamp_py.remoteproc.platform import Platform
 
 RAM_DA = 0x2000_0000
 """Where the core's RAM begins: below 4 GiB, because a resource table holds u32 addresses."""
@@ -75,12 +75,8 @@ class NativePlatform(Platform):
         self._shared.close()
 
 
-class NativeCore(DoorbellLink, Core):
-    """One boot of the native core: a child process, its doorbell and its last words.
-
-    Attributes:
-        pid: the child, once it was started.
-    """
+class NativeCore(SignalledCore):
+    """One boot of the native core: a child process, its doorbell and its last words."""
 
     name = "native core"
 
@@ -89,7 +85,6 @@ class NativeCore(DoorbellLink, Core):
         self.table_da = firmware.table_da
         self.machine = firmware.machine
         self.elf_class = firmware.elf_class
-        self.pid: int | None = None
         self._fd = fd
         self._window = window
         self._entry = firmware.entry
@@ -122,6 +117,8 @@ class NativeCore(DoorbellLink, Core):
             )
             theirs.close()
             self.pid = process.pid
+            self._alive = True
+            stack.callback(setattr, self, "_alive", False)
             await run_child(process, self.doorbell, notified, task_status)
             judge(process.returncode, os.pread(report.fd, REPORT_SIZE, 0))
 

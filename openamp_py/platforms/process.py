@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +14,11 @@ import trio
 from openamp_py.errors import CoreDiedError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
-from openamp_py.platforms.child import killed, run_child, spawn
-from openamp_py.platforms.doorbell import Doorbell, DoorbellLink, create_pair
+from openamp_py.platforms.child import SignalledCore, killed, run_child, spawn
+from openamp_py.platforms.doorbell import Doorbell, create_pair
 from openamp_py.platforms.shm import KICK
 from openamp_py.remoteproc.elf import Firmware
-from openamp_py.remoteproc.platform import Core, Platform
+from openamp_py.remoteproc.platform import Platform
 from openamp_py.virtio import Handshake
 
 URL = "{url}"
@@ -74,14 +76,12 @@ class ProcessPlatform(Platform):
         self._shared.close()
 
 
-class ProcessCore(DoorbellLink, Core):
+class ProcessCore(SignalledCore):
     """One run of the program, seen from the host.
 
     A program that looks at its doorbell sees the host's death as its end; one that does not
-    outlives a host that was killed.
-
-    Attributes:
-        pid: the program's process, once it was started.
+    outlives a host that was killed. Suspended, interrupted and stopped is all that it started,
+    unless it left the program's process group.
     """
 
     name = "process core"
@@ -97,9 +97,16 @@ class ProcessCore(DoorbellLink, Core):
     ) -> None:
         self.memory = memory
         self.buffer_area = buffer_area
-        self.pid: int | None = None
         self._fd = fd
         self._command = command
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.pid is None or not self._alive:
+            raise ProcessLookupError
+        if os.getpgid(self.pid) != self.pid:  # it left its group
+            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
 
     async def run(
         self,
@@ -120,6 +127,8 @@ class ProcessCore(DoorbellLink, Core):
             )
             theirs.close()
             self.pid = process.pid
+            self._alive = True
+            stack.callback(setattr, self, "_alive", False)
             await run_child(process, self.doorbell, notified, task_status)
         if process.returncode < 0:
             raise killed("the core's process", process.returncode)
