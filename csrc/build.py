@@ -1,7 +1,7 @@
 """How the package's compiled parts come about; pyproject.toml names BuildCompiled.
 
 The C extension is cffi in API mode. Its declarations are cut out of the headers, so
-that there is no second copy to drift. The firmware and the program that runs it are
+that there is no second copy to drift. The firmware and the programs that run it are
 built by ``firmware/build.py`` and land beside ``openamp_py/firmware/__init__.py``.
 """
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds the native core and its echo firmware with the machine's C compiler.
+"""Builds the native core, its keeper and its echo firmware with the machine's C compiler.
 
-``python3 csrc/firmware/build.py OUTPUT_DIR`` writes ``native-core`` (csrc/native_core.c, an
-ordinary program) and ``echo-native.elf`` (the sources beside this file, freestanding). The compiler
-is ``$CC``, else ``cc``; a cross compiler for a supported machine works too.
+``python3 csrc/firmware/build.py OUTPUT_DIR`` writes ``native-core`` and ``native-keeper``
+(csrc/native_core.c and csrc/native_keeper.c, ordinary programs) and ``echo-native.elf`` (the
+sources beside this file, freestanding). The compiler is ``$CC``, else ``cc``; a cross compiler for
+a supported machine works too.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from pathlib import Path
 
 FIRMWARE_DIR = Path(__file__).resolve().parent
 CORE_SOURCE = FIRMWARE_DIR.parent / "native_core.c"
+KEEPER_SOURCE = FIRMWARE_DIR.parent / "native_keeper.c"
 
 CORE_NAME = "native-core"
+KEEPER_NAME = "native-keeper"
 FIRMWARE_NAME = "echo-native.elf"
 
 _WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow")
@@ -77,7 +80,7 @@ def _run(command: Sequence[str]) -> str:
 
 
 def build(output_dir: Path, compiler: Sequence[str] | None = None) -> tuple[Path, Path]:
-    """Compile both programs into a directory, which is created if need be.
+    """Compile all programs into a directory, which is created if need be.
 
     Existing files are replaced in one step, so that a core that runs from there is not disturbed.
 
@@ -98,11 +101,14 @@ def build(output_dir: Path, compiler: Sequence[str] | None = None) -> tuple[Path
         raise BuildError(f"the C compiler is for {target}; there is a native core for {known}")
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    core, firmware = output_dir / CORE_NAME, output_dir / FIRMWARE_NAME
+    core, keeper = output_dir / CORE_NAME, output_dir / KEEPER_NAME
+    firmware = output_dir / FIRMWARE_NAME
     with tempfile.TemporaryDirectory(prefix=".build-", dir=output_dir) as scratch_name:
         scratch = Path(scratch_name)
-        new_core, new_firmware = scratch / CORE_NAME, scratch / FIRMWARE_NAME
+        new_core, new_keeper = scratch / CORE_NAME, scratch / KEEPER_NAME
+        new_firmware = scratch / FIRMWARE_NAME
         _run([*cc, *_CORE_FLAGS, str(CORE_SOURCE), "-o", str(new_core)])
+        _run([*cc, *_CORE_FLAGS, str(KEEPER_SOURCE), "-o", str(new_keeper)])
         _run(
             [
                 *cc,
@@ -116,8 +122,10 @@ def build(output_dir: Path, compiler: Sequence[str] | None = None) -> tuple[Path
             ]
         )
         new_core.chmod(0o755)
+        new_keeper.chmod(0o755)
         new_firmware.chmod(0o644)
         new_core.replace(core)
+        new_keeper.replace(keeper)
         new_firmware.replace(firmware)
     return core, firmware
 

@@ -1,4 +1,4 @@
-"""What is built with the package to run outside Python: firmware, and the core that runs it."""
+"""What is built with the package to run outside Python: firmware, its core, and a keeper."""
 
 from __future__ import annotations
 

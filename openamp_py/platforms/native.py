@@ -15,6 +15,7 @@ from openamp_py.errors import ImageError, PlatformError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms.child import SignalledCore, run_child, spawn
 from openamp_py.platforms.doorbell import Doorbell, create_pair
+from openamp_py.platforms.keeper import Description, KeptCore, connect_keeper
 from openamp_py.platforms.report import REPORT_SIZE, judge
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.remoteproc.platform import Platform
@@ -35,6 +36,8 @@ class NativePlatform(Platform):
     Args:
         ram_da: device address at which the firmware is linked.
         ram_size: bytes of RAM, a multiple of the page size.
+        rendezvous: path of a socket. Given, cores are started under a keeper that listens there:
+            they can be left running, and attached to by another host of the same user.
 
     Raises:
         PlatformError: this machine's instruction set is not supported.
@@ -42,16 +45,33 @@ class NativePlatform(Platform):
 
     name = "native"
 
-    def __init__(self, *, ram_da: int = RAM_DA, ram_size: int = RAM_SIZE) -> None:
+    def __init__(
+        self,
+        *,
+        ram_da: int = RAM_DA,
+        ram_size: int = RAM_SIZE,
+        rendezvous: str | os.PathLike[str] | None = None,
+    ) -> None:
         machine = host_machine.machine()
         if machine not in _MACHINES:
             raise PlatformError(
                 f"the native core runs on {' and '.join(_MACHINES)}; this machine is {machine}"
             )
         self._machine = _MACHINES[machine]
-        self._shared = SharedMemory.create("openamp-native-ram", ram_size)
         self._ram_da = ram_da
-        self.memory = MemoryMap([self._shared.region("ram", ram_da)])
+        self._ram_size = ram_size
+        self._rendezvous = None if rendezvous is None else os.fspath(rendezvous)
+        self._attached: KeptCore | None = None
+        self._use(SharedMemory.create("openamp-native-ram", ram_size), ram_da)
+
+    def _use(self, shared: SharedMemory, ram_da: int) -> None:
+        self._shared = shared
+        self.memory = MemoryMap([shared.region("ram", ram_da)])
+
+    def _renew(self) -> None:
+        """Memory for the next core: what there was belongs to one that runs on without us."""
+        self._shared.close()
+        self._use(SharedMemory.create("openamp-native-ram", self._ram_size), self._ram_da)
 
     def check(self, firmware: Firmware) -> None:
         """Raises ImageError unless the image is for this machine and begins in its RAM."""
@@ -65,13 +85,67 @@ class NativePlatform(Platform):
                 f"entry point {firmware.entry:#x} lies outside the core's memory: {self.memory}"
             )
 
-    def create_core(self, firmware: Firmware) -> NativeCore:
+    def create_core(self, firmware: Firmware) -> NativeCore | KeptCore:
         """A core that will run the loaded image."""
-        window = f"{self._ram_da:#x}:{self._shared.size:#x}:0"
-        return NativeCore(self.memory, self._shared.fd, window, firmware)
+        ram = self.memory.regions[0]
+        if self._rendezvous is None:
+            window = f"{ram.da:#x}:{ram.size:#x}:0"
+            return NativeCore(self.memory, self._shared.fd, window, firmware)
+        description = Description(
+            firmware.machine,
+            firmware.elf_class,
+            ram.da,
+            ram.size,
+            firmware.entry,
+            firmware.table_da,
+        )
+        return KeptCore(
+            self._rendezvous, self.memory, description, self._shared.fd, left=self._renew
+        )
+
+    def attach_core(self) -> KeptCore:
+        """The core that was left running at the rendezvous; its memory becomes the platform's.
+
+        Raises:
+            PlatformError: there is none, or it has another host, or it is none of ours.
+        """
+        if self._rendezvous is None:
+            raise PlatformError(
+                "a native core is attached to at its rendezvous: NativePlatform(rendezvous=PATH)"
+            )
+        self._let_go()
+        handover, description, note = connect_keeper(self._rendezvous)
+        try:
+            shared = SharedMemory(os.dup(handover.memory), description.ram_size)
+        except (OSError, ValueError) as error:
+            handover.close()
+            raise PlatformError(f"memory of the core at {self._rendezvous}: {error}") from error
+        self._shared.close()
+        self._use(shared, description.ram_da)
+        self._attached = KeptCore(
+            self._rendezvous,
+            self.memory,
+            description,
+            shared.fd,
+            handover=handover,
+            note=note,
+            left=self._renew,
+        )
+        return self._attached
+
+    async def unprepare(self) -> None:
+        """Lets go of a core that was to be attached and was not."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._attached is not None and self._attached.close():
+            self._renew()
+        self._attached = None
 
     def close(self) -> None:
         """Gives the RAM back. Idempotent."""
+        if self._attached is not None:
+            self._attached.close()
         self._shared.close()
 
 
@@ -121,6 +195,18 @@ class NativeCore(SignalledCore):
             stack.callback(setattr, self, "_alive", False)
             await run_child(process, self.doorbell, notified, task_status)
             judge(process.returncode, os.pread(report.fd, REPORT_SIZE, 0))
+
+    async def detach(self, note: bytes) -> None:
+        """Refused: the core ends with its host.
+
+        Raises:
+            PlatformError: always.
+        """
+        await trio.lowlevel.checkpoint()
+        raise PlatformError(
+            "a native core can only be left running at a rendezvous: "
+            "NativePlatform(rendezvous=PATH)"
+        )
 
 
 def shipped_echo() -> Path:
