@@ -289,6 +289,8 @@ static void become_daemon(void)
     for (int standard = 0; standard <= 2; standard++)
         if (dup2(null, standard) < 0)
             failed("/dev/null");
+    if (null > 2)
+        (void)close(null);
 }
 
 /* Only what the core itself gets stays open over its exec. */
