@@ -8,21 +8,28 @@ An entry knows its ``offset`` from the table's start, for the host writes addres
 notify ids, features and status back in place: the ``..._OFFSET`` constants are relative
 to it.
 
+A vring at device address 0 lies at 0: only ``DA_ANY`` leaves the place to the host, as in
+Linux. Some old firmware means ANY by 0; ``openamp lint`` says so.
+
 Reference: open-amp, ``openamp/remoteproc.h``; Linux, ``linux/remoteproc.h``.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from struct import Struct, error, pack_into, unpack_from
 from typing import ClassVar, Final, TypeAlias, TypeVar, cast
 
-from openamp_py.constants import DA_ANY, NAME_SIZE, VIRTIO_ID_RPMSG
+from openamp_py.constants import (
+    DA_ANY,
+    NAME_SIZE,
+    NOTIFY_ID_ANY,
+    RPMSG_F_NS,
+    VIRTIO_ID_RPMSG,
+)
 from openamp_py.errors import ResourceTableError
-from openamp_py.vring import MAX_NUM, MIN_ALIGN
+from openamp_py.vring import MAX_NUM, MIN_ALIGN, VringLayout
 
 TABLE_VERSION: Final = 1
 """The only version there is."""
@@ -105,9 +112,8 @@ VRING_NOTIFY_ID_OFFSET: Final = 12
 
 # Vendor (types 128 to 512)
 #    0  u32 type
-#    4  u32 len       bytes of private data
-#    8  private data
-_VENDOR: Final = Struct("<2I")
+#    4  anything; in OpenAMP a u32 with the bytes of private data, and then those
+_LENGTH: Final = Struct("<I")
 
 
 # The two bases only declare fields: what dataclass would generate for them costs import time.
@@ -189,10 +195,27 @@ class Vdev(_Placed):
 
 @dataclass(frozen=True, slots=True)
 class Vendor(_Placed):
-    """An entry for one platform alone."""
+    """An entry for one platform alone; data goes on to the next entry or the end.
+
+    Linux hands on all that follows the type; OpenAMP begins it with a length: `payload`.
+    """
 
     type: int
     data: bytes
+
+    @classmethod
+    def of(cls, type: int, payload: bytes) -> Vendor:
+        """Make an entry in OpenAMP's form: the payload's length before it, zeros behind."""
+        return cls(type, _LENGTH.pack(len(payload)) + payload + bytes(-len(payload) % _WORD_SIZE))
+
+    @property
+    def payload(self) -> bytes | None:
+        """What the first word of the data counts; None where that word is no length."""
+        if len(self.data) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self.data)
+        end = _LENGTH.size + length
+        return self.data[_LENGTH.size : end] if end <= len(self.data) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +245,14 @@ _TYPE_NAMES: Final = {
 class ResourceTable:
     """All entries of a table, in the order of its offset array.
 
-    ``length`` is how many bytes the table takes; 0 for one that is not placed yet.
+    Attributes:
+        length: how many bytes the table takes; 0 for one that is not placed yet.
+        raw: the bytes it was decoded from; `encode_table` keeps what no entry holds.
     """
 
     entries: tuple[Entry, ...] = ()
     length: int = field(default=0, compare=False, kw_only=True)
+    raw: bytes = field(default=b"", compare=False, repr=False, kw_only=True)
 
     @property
     def carveouts(self) -> tuple[Carveout, ...]:
@@ -252,6 +278,13 @@ class ResourceTable:
     def unknowns(self) -> tuple[Unknown, ...]:
         """The entries that nothing will be done about: report them."""
         return self._of(Unknown)
+
+    @property
+    def end(self) -> int:
+        """Where the last entry ends, from the table's start: in memory no length is stated."""
+        return max(
+            (entry.offset + _entry_size(entry) for entry in self.entries), default=_HEADER.size
+        )
 
     def _of(self, kind: type[_E]) -> tuple[_E, ...]:
         return tuple(entry for entry in self.entries if isinstance(entry, kind))
@@ -294,9 +327,21 @@ def decode_table_untrusted(data: bytes | memoryview) -> ResourceTable:
     """
     raw = bytes(data)
     offsets = _decode_offsets(raw)
-    entries = tuple(_decode_entry(raw, offsets, index) for index in range(len(offsets)))
-    _check_overlap(entries)
-    return ResourceTable(entries, length=len(raw))
+    order = sorted(range(len(offsets)), key=offsets.__getitem__)
+    borders = [*(offsets[index] for index in order[1:]), len(raw)]
+    found: dict[int, Entry] = {}
+    # One by one, so that entries that lie on each other are not all decoded first.
+    for index, border in zip(order, borders, strict=False):
+        entry = found[index] = _decode_entry(raw, offsets[index], index, border)
+        end = entry.offset + _entry_size(entry)
+        if end > border:
+            following = order[len(found)]
+            raise ResourceTableError(
+                f"resource table: entry {index} at offset {entry.offset:#x} ends at "
+                f"{end:#x}, inside entry {following} at offset {border:#x}"
+            )
+    entries = tuple(found[index] for index in range(len(offsets)))
+    return ResourceTable(entries, length=len(raw), raw=raw)
 
 
 def _decode_offsets(raw: bytes) -> tuple[int, ...]:
@@ -329,19 +374,14 @@ def _decode_offsets(raw: bytes) -> tuple[int, ...]:
     return offsets
 
 
-def _decode_entry(raw: bytes, offsets: tuple[int, ...], index: int) -> Entry:
-    offset = offsets[index]
+def _decode_entry(raw: bytes, offset: int, index: int, border: int) -> Entry:
     (type_,) = _TYPE.unpack_from(raw, offset)
-    where = f"resource table: entry {index} ({type_name(type_)}) at offset {offset:#x}"
-    if type_ in VENDOR_TYPES:
-        return _decode_vendor(raw, offset, where)
     decode = _DECODERS.get(type_)
     if decode is not None:
+        where = f"resource table: entry {index} ({_TYPE_NAMES[type_]}) at offset {offset:#x}"
         return decode(raw, offset, where)
-    following = sorted(offsets)
-    after = bisect_right(following, offset)
-    end = following[after] if after < len(following) else len(raw)
-    return Unknown(type_, raw[offset + _TYPE.size : end], offset=offset)
+    kind = Vendor if type_ in VENDOR_TYPES else Unknown
+    return kind(type_, raw[offset + _TYPE.size : border], offset=offset)
 
 
 def _decode_carveout(raw: bytes, offset: int, where: str) -> Carveout:
@@ -394,7 +434,7 @@ def _decode_vdev(raw: bytes, offset: int, where: str) -> Vdev:
         accepted,
         status,
         tuple(
-            _decode_vring(raw, at, f"{where}, vring {number}")
+            _decode_vring(raw, at, where, number)
             for number, at in enumerate(range(offset + VDEV_VRINGS_OFFSET, config, VRING_SIZE))
         ),
         raw[config : config + config_length],
@@ -402,31 +442,18 @@ def _decode_vdev(raw: bytes, offset: int, where: str) -> Vdev:
     )
 
 
-def _decode_vring(raw: bytes, offset: int, where: str) -> Vring:
+def _decode_vring(raw: bytes, offset: int, where: str, number: int) -> Vring:
     vring = Vring(*_VRING.unpack_from(raw, offset))
+    step = max(vring.align, DESCRIPTOR_TABLE_ALIGN)
     if not _is_power_of_two(vring.num) or vring.num > MAX_NUM:
-        raise ResourceTableError(
-            f"{where}: num {vring.num} is not a power of two from 1 to {MAX_NUM}"
-        )
-    if not _is_power_of_two(vring.align) or vring.align < MIN_ALIGN:
-        raise ResourceTableError(
-            f"{where}: align {vring.align:#x} is not a power of two of at least {MIN_ALIGN}"
-        )
-    align = max(vring.align, DESCRIPTOR_TABLE_ALIGN)
-    if vring.da != DA_ANY and vring.da % align:
-        raise ResourceTableError(
-            f"{where}: da {vring.da:#x} is not a multiple of {align:#x} "
-            f"(its align is {vring.align:#x})"
-        )
-    return vring
-
-
-def _decode_vendor(raw: bytes, offset: int, where: str) -> Vendor:
-    _check_fits(raw, offset, _VENDOR.size, where)
-    type_, length = _VENDOR.unpack_from(raw, offset)
-    _check_fits(raw, offset, _VENDOR.size + length, where)
-    data = offset + _VENDOR.size
-    return Vendor(type_, raw[data : data + length], offset=offset)
+        wrong = f"num {vring.num} is not a power of two from 1 to {MAX_NUM}"
+    elif not _is_power_of_two(vring.align) or vring.align < MIN_ALIGN:
+        wrong = f"align {vring.align:#x} is not a power of two of at least {MIN_ALIGN}"
+    elif vring.da != DA_ANY and vring.da % step:
+        wrong = f"da {vring.da:#x} is not a multiple of {step:#x} (its align is {vring.align:#x})"
+    else:
+        return vring
+    raise ResourceTableError(f"{where}, vring {number}: {wrong}")
 
 
 _DECODERS: Final[dict[int, Callable[[bytes, int, str], Entry]]] = {
@@ -450,22 +477,37 @@ def _check_reserved(reserved: int, where: str) -> None:
         raise ResourceTableError(f"{where}: reserved field is {reserved:#x}, not zero")
 
 
-def _check_overlap(entries: tuple[Entry, ...]) -> None:
-    order = sorted(range(len(entries)), key=lambda index: entries[index].offset)
-    for index, following in pairwise(order):
-        end = entries[index].offset + _entry_size(entries[index])
-        if end > entries[following].offset:
-            raise ResourceTableError(
-                f"resource table: entry {index} at offset {entries[index].offset:#x} ends at "
-                f"{end:#x}, inside entry {following} at offset {entries[following].offset:#x}"
-            )
-
-
 def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
-# Encoding
+# Building
+
+
+def rpmsg_table(
+    *,
+    vdevs: int = 1,
+    num: int = 256,
+    align: int = 4096,
+    features: int = RPMSG_F_NS,
+    extra: Iterable[Entry] = (),
+) -> ResourceTable:
+    """Build the usual table: RPMsg devices whose addresses and notify ids the host chooses.
+
+    Args:
+        vdevs: how many devices.
+        num: entries of each vring, a power of two.
+        align: of each vring.
+        features: what every device offers.
+        extra: entries that follow, such as a `Trace`.
+
+    Raises:
+        ValueError: there is no such vring, or `place_entries` says so.
+    """
+    VringLayout(num, align)
+    vring = Vring(DA_ANY, align, num, NOTIFY_ID_ANY)
+    vdev = Vdev(VIRTIO_ID_RPMSG, NOTIFY_ID_ANY, features, vrings=(vring,) * RPMSG_VRINGS)
+    return place_entries([*(vdev for _ in range(vdevs)), *extra])
 
 
 def place_entries(entries: Iterable[Entry]) -> ResourceTable:
@@ -474,8 +516,8 @@ def place_entries(entries: Iterable[Entry]) -> ResourceTable:
     Entries follow the offset array in order, each at the next multiple of 4.
 
     Raises:
-        ValueError: too many entries, or an unknown entry that is not the last and whose data
-            would not end where the next entry begins.
+        ValueError: too many entries, or a vendor's or unknown entry that is not the last and
+            whose data would not end where the next entry begins.
     """
     entries = tuple(entries)
     if len(entries) > MAX_ENTRIES:
@@ -483,10 +525,10 @@ def place_entries(entries: Iterable[Entry]) -> ResourceTable:
     placed: list[Entry] = []
     end = _HEADER.size + _OFFSET_SIZE * len(entries)
     for index, entry in enumerate(entries):
-        if end % 4 and isinstance(entries[index - 1], Unknown):
+        if end % 4 and isinstance(entries[index - 1], (Vendor, Unknown)):
             raise ValueError(
-                f"entry {index - 1}: an unknown entry before another needs data of a multiple of "
-                f"4 bytes, and has {_entry_size(entries[index - 1]) - _TYPE.size}"
+                f"entry {index - 1}: a vendor's or unknown entry before another needs data of a "
+                f"multiple of 4 bytes, and has {_entry_size(entries[index - 1]) - _TYPE.size}"
             )
         offset = (end + 3) & ~3
         placed.append(replace(entry, offset=offset))
@@ -494,26 +536,58 @@ def place_entries(entries: Iterable[Entry]) -> ResourceTable:
     return ResourceTable(tuple(placed), length=end)
 
 
+# Encoding
+
+
 def encode_table(table: ResourceTable | Iterable[Entry]) -> bytes:
-    """Encode a table as `place_entries` lays it out; `decode_table_untrusted` gives it back.
+    """Encode a table; `decode_table_untrusted` gives it back.
+
+    One that was decoded becomes the bytes it came from, with what was changed since written
+    over them. Where the entries no longer fit their places, and for a table that was built,
+    they lie as `place_entries` lays them out.
 
     What a decoder would refuse can be encoded, for tests of decoders.
 
     Raises:
         ValueError: a field does not fit its place, or `place_entries` says so.
     """
-    placed = place_entries(table.entries if isinstance(table, ResourceTable) else table)
+    if isinstance(table, ResourceTable):
+        in_place = _encode_in_place(table) if table.raw else None
+        if in_place is not None:
+            return in_place
+        table = table.entries
+    placed = place_entries(table)
     raw = bytearray(placed.length)
     offsets = [entry.offset for entry in placed.entries]
     _HEADER.pack_into(raw, 0, TABLE_VERSION, len(offsets), 0, 0)
     pack_into(f"<{len(offsets)}I", raw, _HEADER.size, *offsets)
     for index, entry in enumerate(placed.entries):
-        try:
-            encoded = _encode_entry(entry)
-        except (error, ValueError) as exc:
-            raise ValueError(f"entry {index}: {exc}: {entry}") from exc
+        encoded = _encode_numbered(index, entry)
         raw[entry.offset : entry.offset + len(encoded)] = encoded
     return bytes(raw)
+
+
+def _encode_in_place(table: ResourceTable) -> bytes | None:
+    """Encode over the bytes that the table came from; None where an entry does not fit there."""
+    before = decode_table_untrusted(table.raw).entries
+    if [entry.offset for entry in table.entries] != [entry.offset for entry in before]:
+        return None
+    raw = bytearray(table.raw)
+    for index, (old, new) in enumerate(zip(before, table.entries, strict=True)):
+        if new == old:
+            continue  # also what an entry does not hold stays, such as bytes behind a name
+        encoded = _encode_numbered(index, new)
+        if len(encoded) != _entry_size(old):
+            return None
+        raw[new.offset : new.offset + len(encoded)] = encoded
+    return bytes(raw)
+
+
+def _encode_numbered(index: int, entry: Entry) -> bytes:
+    try:
+        return _encode_entry(entry)
+    except (error, ValueError) as exc:
+        raise ValueError(f"entry {index}: {exc}: {entry}") from exc
 
 
 def _encode_entry(entry: Entry) -> bytes:
@@ -535,7 +609,7 @@ def _encode_entry(entry: Entry) -> bytes:
         case Vendor():
             if entry.type not in VENDOR_TYPES:
                 raise ValueError(f"type {entry.type} is not a vendor's (128 to 512)")
-            return _VENDOR.pack(entry.type, len(entry.data)) + entry.data
+            return _TYPE.pack(entry.type) + entry.data
         case Unknown():
             if entry.type in _DECODERS or entry.type in VENDOR_TYPES:
                 raise ValueError(f"type {entry.type} ({type_name(entry.type)}) is not unknown")
@@ -566,9 +640,7 @@ def _entry_size(entry: Entry) -> int:
             return _TRACE.size
         case Vdev():
             return entry.config_offset + len(entry.config)
-        case Vendor():
-            return _VENDOR.size + len(entry.data)
-        case Unknown():
+        case Vendor() | Unknown():
             return _TYPE.size + len(entry.data)
 
 

@@ -427,8 +427,7 @@ def test_tables_of_the_golden_images_encode_to_the_byte() -> None:
             continue
         raw = bytes(firmware.segments[-1].data)
         if name == "vendor-entry128":  # 12 bytes follow that its length does not count
-            assert firmware.table.vendors == (Vendor(128, b""),)
-            raw = raw[:-12]
+            assert firmware.table.vendors == (Vendor(128, bytes(16)),)
         assert encode_table(firmware.table) == raw, name
         same += 1
     assert same >= 10
