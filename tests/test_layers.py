@@ -23,6 +23,8 @@ FLOORS = {
     "rpmsg.statistics": 3,
     "rpmsg.in_place": 3,
     "remoteproc.elf": 3,
+    "remoteproc.images": 3,
+    "remoteproc.lint": 3,
     "remoteproc.resource_table": 3,
     "remoteproc.coredump": 3,
     "remoteproc.trace": 3,

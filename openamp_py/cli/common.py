@@ -88,3 +88,11 @@ def seconds(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a time of zero or more seconds")
     return value
+
+
+def address(text: str) -> int:
+    """An argparse type: an address, decimal or with 0x in front."""
+    value = int(text, 0)
+    if not 0 <= value < 1 << 64:
+        raise argparse.ArgumentTypeError(f"{text} is not an address of at most 64 bits")
+    return value

@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openamp_py.cli.common import DONE, Subparsers
+from openamp_py.cli.common import DONE, Subparsers, address
 from openamp_py.constants import DA_ANY, NOTIFY_ID_ANY
-from openamp_py.remoteproc import Firmware, decode_elf_untrusted
-from openamp_py.remoteproc.resource_table import Unknown, entry_type, type_name
+from openamp_py.remoteproc import Firmware
+from openamp_py.remoteproc.images import decode_image_untrusted, loader_names
+from openamp_py.remoteproc.resource_table import DevMem, Unknown, entry_type, type_name
 
 
 def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
@@ -19,15 +20,21 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
         "inspect",
         parents=[common],
         help="show what is in a firmware image",
-        description="Shows class, machine, entry point, segments and resource table of an ELF.",
+        description="Shows class, machine, entry point, segments and resource table of an image.",
     )
-    parser.add_argument("firmware", type=Path, help="ELF file")
+    parser.add_argument("firmware", type=Path, help="ELF, Intel HEX, S-record or raw file")
+    parser.add_argument(
+        "--loader", choices=loader_names(), help="its format (default: by its content)"
+    )
+    parser.add_argument("--address", type=address, help="device address of a raw file's first byte")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    firmware = decode_elf_untrusted(options.firmware.read_bytes())
+    firmware = decode_image_untrusted(
+        options.firmware.read_bytes(), loader=options.loader, address=options.address
+    )
     if options.json:
         print(json.dumps({"firmware": str(options.firmware), **firmware.to_dict()}, indent=2))
     else:
@@ -36,7 +43,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _print_text(path: Path, firmware: Firmware) -> None:
-    print(f"{path}: ELF{firmware.elf_class} {firmware.machine_name}, entry {firmware.entry:#x}")
+    kind = f"ELF{firmware.elf_class} {firmware.machine_name}" if firmware.elf_class else "no ELF"
+    print(f"{path}: {kind}, entry {firmware.entry:#x}")
     for number, segment in enumerate(firmware.segments):
         print(
             f"segment {number}: da {segment.da:#x}, {segment.file_size:#x} bytes in the file, "
@@ -50,12 +58,13 @@ def _print_text(path: Path, firmware: Firmware) -> None:
     for number, (entry, fields) in enumerate(zip(firmware.table.entries, entries, strict=True)):
         del fields["kind"], fields["type"]
         vrings = fields.pop("vrings", ())
-        skipped = " (not known: skipped)" if isinstance(entry, Unknown) else ""
+        skipped = _SKIPPED.get(type(entry), "")
         print(f"  {number}: {type_name(entry_type(entry))}{skipped}: {_fields(fields)}")
         for index, vring in enumerate(vrings):
             print(f"       vring {index}: {_fields(vring)}")
 
 
+_SKIPPED = {Unknown: " (not known: skipped)", DevMem: " (not mapped)"}
 _ANY = {"da": DA_ANY, "pa": DA_ANY, "notify_id": NOTIFY_ID_ANY}
 _IN_HEX = ("da", "pa", "length", "align", "flags", "offset", "device_features", "driver_features")
 
