@@ -41,12 +41,12 @@ INLINE void copy_bytes(uint8_t *to, const uint8_t *from, uint32_t length)
 /* Buffer `head` of a driver. */
 INLINE uint8_t *own_buffer(const struct message_ring *ring, uint16_t head)
 {
-    return ring->pool + (size_t)head * ring->buffer_size;
+    return ring->pool + ring->offsets[head];
 }
 
 static inline struct vq_span own_span(const struct message_ring *ring, uint16_t head)
 {
-    return (struct vq_span){.pa = ring->pool_pa + (uint64_t)head * ring->buffer_size,
+    return (struct vq_span){.pa = ring->pool_pa + ring->offsets[head],
                             .base = own_buffer(ring, head),
                             .length = ring->buffer_size,
                             .writable = !ring->sender};
@@ -113,7 +113,7 @@ INLINE int32_t send_as_driver(struct message_ring *ring, uint32_t src, uint32_t 
 {
     struct vq *q = ring->queue;
     uint32_t ignored;
-    int32_t back = peek_used(q, &ignored);
+    int32_t back = peek_used(q, 1, &ignored);
     if (back >= 0) {
         /* It goes out again as it is: the descriptor was written when it first went. */
         put_message(own_buffer(ring, (uint16_t)back), src, dst, payload, length);
@@ -276,7 +276,7 @@ static int32_t reserve_as_driver(struct message_ring *ring)
         write_descriptor(q, (uint16_t)head, &span, 0);
     }
     if (head >= 0)
-        ring->places[head] = ring->pool_pa + (uint64_t)head * ring->buffer_size + MESSAGE_HEADER;
+        ring->places[head] = ring->pool_pa + ring->offsets[head] + MESSAGE_HEADER;
     return head;
 }
 
@@ -409,7 +409,7 @@ INLINE int32_t look(struct message_ring *ring, int driver, struct received *chai
 {
     struct vq *q = ring->queue;
     if (driver) {
-        int32_t head = peek_used(q, &chain->filled);
+        int32_t head = peek_used(q, 0, &chain->filled);
         if (head >= 0)
             chain->buffer = own_buffer(ring, (uint16_t)head);
         return head;
@@ -446,7 +446,7 @@ static RARE void keep_one(struct message_ring *ring, uint16_t head, const struct
     if (q->driver) {
         q->slots[head].state = VQ_SLOT_HELD;
         q->outstanding--;
-        ring->places[head] = ring->pool_pa + (uint64_t)head * ring->buffer_size + MESSAGE_HEADER;
+        ring->places[head] = ring->pool_pa + ring->offsets[head] + MESSAGE_HEADER;
     } else {
         q->slots[head].state = VQ_SLOT_OUT;
         q->slots[head].extent = chain->extent;

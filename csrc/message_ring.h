@@ -2,8 +2,8 @@
 /*
  * RPMsg messages through one virtqueue, in one direction and from one end.
  *
- * The driver owns the buffers: buffer n lies at pool + n * buffer_size and goes with
- * descriptor n. The device uses what the driver lends it. A message is copied once,
+ * The driver owns the buffers: they lie side by side in its pool, and each goes with one
+ * descriptor. The device uses what the driver lends it. A message is copied once,
  * between the caller's memory and the shared buffer (or not at all: reserved and kept
  * buffers), and its header is copied out before it is looked at.
  */
@@ -56,6 +56,7 @@ struct message_ring {
     uint8_t *scratch;      /* private, buffer_size bytes: device, receiving: a message that came in parts */
     uint64_t pool_pa;      /* driver only */
     uint8_t *pool;         /* driver only */
+    const uint32_t *offsets; /* driver only, num entries, the caller's: where in the pool the buffers lie */
     uint32_t buffer_size;
     uint32_t sender; /* 1: this end sends */
     uint32_t spare_count;

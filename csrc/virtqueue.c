@@ -16,6 +16,15 @@ RARE void vq_set_fault(struct vq *q, int32_t fault, uint64_t value, uint64_t lim
     q->fault_limit = limit;
 }
 
+RARE int32_t vq_unexpected_used(struct vq *q, uint32_t head)
+{
+    if (q->slots[head].state != VQ_SLOT_INHERITED)
+        return vq_break(q, VQ_FAULT_HEAD_STATE, head, q->num);
+    __atomic_store_n(&descriptors(q)[head].len, q->whole, __ATOMIC_RELAXED);
+    q->slots[head].state = VQ_SLOT_OUT;
+    return VQ_AGAIN;
+}
+
 static void clear_private(struct vq *q)
 {
     for (uint32_t i = 0; i < q->num; i++)
@@ -114,6 +123,43 @@ int32_t vq_attach(struct vq *q, uint16_t seen)
     link_free(q);
     (void)vq_notify_on(q);
     return 0;
+}
+
+int32_t vq_resume(struct vq *q, uint16_t available, const uint16_t *heads, uint16_t count, uint32_t whole)
+{
+    clear_private(q);
+    q->next = q->published = available;
+    q->seen = q->limit = (uint16_t)(available - count);
+    q->whole = whole;
+    if (count > q->num)
+        return vq_break(q, VQ_FAULT_INDEX_JUMP, count, q->num);
+    uint16_t fresh = (uint16_t)(vq_used_index(q) - q->seen);
+    if (fresh > count)
+        return vq_break(q, VQ_FAULT_INDEX_JUMP, fresh, count);
+    for (uint32_t i = 0; i < count; i++) {
+        if (heads[i] >= q->num)
+            return vq_break(q, VQ_FAULT_HEAD_RANGE, heads[i], q->num);
+        if (q->slots[heads[i]].next != UNLINKED)
+            return vq_break(q, VQ_FAULT_HEAD_STATE, heads[i], q->num);
+        int is_whole = __atomic_load_n(&descriptors(q)[heads[i]].len, __ATOMIC_RELAXED) == whole;
+        q->slots[heads[i]] = (struct vq_slot){
+            .next = END_OF_LIST, .state = is_whole ? VQ_SLOT_OUT : VQ_SLOT_INHERITED, .extent = 1};
+    }
+    q->outstanding = count;
+    link_free(q);
+    /* What vq_leave said holds no longer. */
+    for (uint32_t i = 0; i < q->num; i++)
+        store16(&descriptors(q)[i].next, END_OF_LIST);
+    (void)vq_notify_on(q);
+    return 0;
+}
+
+void vq_leave(struct vq *q)
+{
+    for (uint32_t i = 0; i < q->num; i++) {
+        int out = q->slots[i].state == VQ_SLOT_OUT || q->slots[i].state == VQ_SLOT_INHERITED;
+        store16(&descriptors(q)[i].next, out ? VQ_LEFT_OUT : VQ_LEFT_FREE);
+    }
 }
 
 int32_t vq_add(struct vq *q, const struct vq_span *spans, uint32_t readable, uint32_t writable)

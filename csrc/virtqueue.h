@@ -55,6 +55,12 @@ struct vq_slot { /* private, one for each descriptor */
 #define VQ_SLOT_FREE 0
 #define VQ_SLOT_OUT 1  /* driver: the device has it; device: taken and not put back */
 #define VQ_SLOT_HELD 2 /* driver: back from the device, and not free yet */
+#define VQ_SLOT_INHERITED 3 /* driver: out, and another driver lent less than a buffer: see vq_resume */
+
+/* What vq_leave writes where single descriptors have no use for `next`: no driver that starts a
+ * ring writes these. */
+#define VQ_LEFT_OUT 0xFFFE
+#define VQ_LEFT_FREE 0xFFFF
 
 struct vq {
     uint8_t *ring;       /* shared: the descriptors, then */
@@ -76,6 +82,7 @@ struct vq {
     uint16_t free_head;
     uint16_t free_count;
     uint16_t outstanding; /* driver: chains out; device: chains taken, not put back */
+    uint32_t whole;       /* driver: length that inherited descriptors get when they come back */
     int32_t fault;
     uint64_t fault_value;
     uint64_t fault_limit;
@@ -91,6 +98,16 @@ void vq_start(struct vq *q);
 int32_t vq_attach(struct vq *q, uint16_t seen);
 uint16_t vq_available_index(const struct vq *q); /* as it stands in memory */
 uint16_t vq_used_index(const struct vq *q);
+
+/* Driver of chains of one descriptor each: goes on where another one left, which had published
+ * `available`. `heads` were out when `count` entries of that were still to come back; used ones
+ * that were not looked at are among them. Where it lent less than `whole` bytes, the descriptor is
+ * corrected when it comes back. Returns 0 or VQ_BROKEN. Notifications are on. */
+int32_t vq_resume(struct vq *q, uint16_t available, const uint16_t *heads, uint16_t count, uint32_t whole);
+
+/* Driver of such chains: says in the descriptors which of them are out, for the one that goes on.
+ * A device does not look at that. */
+void vq_leave(struct vq *q);
 
 /* Driver: a chain of `readable` spans, then `writable` ones. Returns its head or VQ_EMPTY
  * when too few descriptors are free. Seen by the device only after vq_publish. */

@@ -87,6 +87,13 @@ INLINE void store16(uint16_t *word, uint16_t value)
 /* In virtqueue.c: marks the queue broken. */
 void vq_set_fault(struct vq *q, int32_t fault, uint64_t value, uint64_t limit);
 
+/* A result of peek_used: a head was inherited, and is like any other at the next look. Not a head, so
+ * that the path of nearly every message does not go on behind a call. */
+#define VQ_AGAIN -4
+
+/* In virtqueue.c: a head came back that is not simply out. Returns VQ_AGAIN or VQ_BROKEN. */
+int32_t vq_unexpected_used(struct vq *q, uint32_t head);
+
 static inline int32_t vq_break(struct vq *q, int32_t fault, uint64_t value, uint64_t limit)
 {
     vq_set_fault(q, fault, value, limit);
@@ -159,8 +166,8 @@ INLINE int32_t poll_other(struct vq *q, int driver)
 }
 
 /* Driver: the head of the next used chain, which is checked but not taken: the caller goes on
- * with `seen`, and says what becomes of the chain. */
-INLINE int32_t peek_used(struct vq *q, uint32_t *length)
+ * with `seen`, and says what becomes of the chain. `inherits`: some may be VQ_SLOT_INHERITED. */
+INLINE int32_t peek_used(struct vq *q, int inherits, uint32_t *length)
 {
     int32_t result = poll_other(q, 1);
     if (result < 0)
@@ -170,8 +177,14 @@ INLINE int32_t peek_used(struct vq *q, uint32_t *length)
     *length = __atomic_load_n(&element->len, __ATOMIC_RELAXED);
     if (id >= q->num)
         return vq_break(q, VQ_FAULT_HEAD_RANGE, id, q->num);
-    if (q->slots[id].state != VQ_SLOT_OUT)
-        return vq_break(q, VQ_FAULT_HEAD_STATE, id, q->num);
+    if (q->slots[id].state != VQ_SLOT_OUT) {
+        if (!inherits)
+            return vq_break(q, VQ_FAULT_HEAD_STATE, id, q->num);
+        result = vq_unexpected_used(q, id);
+        if (result >= 0)
+            __builtin_unreachable(); /* which spares the path of nearly every message a register */
+        return result;
+    }
     return (int32_t)id;
 }
 
@@ -180,9 +193,11 @@ INLINE int32_t hold_used(struct vq *q, uint32_t *length)
 {
     if (q->fault)
         return VQ_BROKEN;
-    int32_t head = peek_used(q, length);
+    int32_t head = peek_used(q, 1, length);
+    if (head == VQ_AGAIN)
+        head = peek_used(q, 1, length);
     if (head < 0)
-        return head;
+        return head == VQ_BROKEN ? head : VQ_EMPTY;
     q->slots[head].state = VQ_SLOT_HELD;
     q->outstanding--;
     q->seen++;

@@ -13,6 +13,7 @@
     │       ├── CoreResetError       it asked for a reset
     │       └── CrashLoopError       it crashed again and again, and was given up
     └── StateError               the caller's: not in this state (also a RuntimeError)
+        └── DetachedError          the device was left to another host
 
 A bad argument is a plain ``ValueError`` or ``TypeError``. An endpoint raises
 trio's own classes: ``trio.ClosedResourceError`` when this side closed it,
@@ -127,3 +128,7 @@ class CrashLoopError(CoreDiedError):
 
 class StateError(OpenAMPError, RuntimeError):
     """A call came at a time when it is not allowed; nothing was changed."""
+
+
+class DetachedError(StateError):
+    """The device was detached here: it goes on, and another host may have it."""

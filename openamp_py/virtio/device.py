@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from openamp_py.constants import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
-from openamp_py.errors import OpenAMPError, ResourceTableError, StateError
+from openamp_py.errors import (
+    DetachedError,
+    OpenAMPError,
+    ResourceTableError,
+    StateError,
+)
 from openamp_py.memory import MemoryMap
 from openamp_py.virtio.shared import SharedU8, SharedU32
 from openamp_py.virtio.virtqueue import Role, Virtqueue
@@ -60,8 +65,8 @@ class VirtioDevice:
     """One side's view of a virtio device whose status and features lie in shared memory.
 
     Made and closed by the remoteproc layer, one life long: a new start makes a new
-    object. Whoever drives it (the RPMsg bus) sets `on_notify` and `on_failure`. One task at
-    a time.
+    object. Whoever drives it (the RPMsg bus) sets `on_notify`, `on_failure` and `on_detach`. One
+    task at a time.
 
     Args:
         role: this side's end.
@@ -77,6 +82,7 @@ class VirtioDevice:
         kick: called with a notify id to wake the other side; never blocks.
         buffers: a driver's source of buffer memory.
         handshake: how a driver here walks the status word.
+        adopt: driver only: where another driver has the device up, it is taken over as it is.
     """
 
     def __init__(
@@ -95,6 +101,7 @@ class VirtioDevice:
         kick: Callable[[int], None],
         buffers: BufferMemory,
         handshake: Handshake = Handshake.FULL,
+        adopt: bool = False,
     ) -> None:
         self.role = role
         self.device_id = device_id
@@ -106,8 +113,11 @@ class VirtioDevice:
         self.memory = memory
         self.buffers = buffers
         self.handshake = handshake
+        self.adopt = adopt
+        self.is_adopted = False
         self.on_notify: Callable[[], None] | None = None
         self.on_failure: Callable[[OpenAMPError], None] | None = None
+        self.on_detach: Callable[[OpenAMPError], int] | None = None
         self.failure: OpenAMPError | None = None
         self._status = status
         self._accepted = accepted
@@ -142,6 +152,9 @@ class VirtioDevice:
     def begin(self, supported: int) -> int:
         """Driver: resets the device and accepts what both sides can do.
 
+        One that is to be adopted and is up is not reset, and goes on with the features that were
+        accepted before; then `is_adopted` is true, and nothing is written.
+
         Args:
             supported: features of this kind of device that the caller implements.
 
@@ -150,13 +163,25 @@ class VirtioDevice:
 
         Raises:
             StateError: it was begun before.
+            ResourceTableError: the features accepted before are not offered, or not known here.
         """
         self._check_role(Role.DRIVER)
         if self._begun:
             # The other side may not have seen the reset, and works the old rings still.
             raise StateError(f"{self.name} was driven before; start its processor anew")
+        possible = self.offered & (supported | TRANSPORT_FEATURES)
+        if self.adopt and self.is_up:
+            accepted = self._accepted.load()
+            if accepted & ~possible:
+                raise ResourceTableError(
+                    f"{self.name} cannot be taken over: the features {accepted:#x} were accepted, "
+                    f"of which {accepted & ~possible:#x} are not offered or not known here"
+                )
+            self._begun = self.is_adopted = True
+            self._features = accepted
+            return accepted
         self._begun = True
-        self._features = features = self.offered & (supported | TRANSPORT_FEATURES)
+        self._features = features = possible
         self._status.store(0)
         if self.handshake is Handshake.FULL:
             self._status.store(ACKNOWLEDGE)
@@ -168,9 +193,17 @@ class VirtioDevice:
         return features
 
     def set_driver_ok(self) -> None:
-        """Driver: the queues are ready, the device may begin."""
+        """Driver: the queues are ready, the device may begin.
+
+        One that was adopted is only kicked, for every vring too: a kick for the driver before may
+        have been lost.
+        """
         self._check_role(Role.DRIVER)
-        self._status.store(self._status.load() | DRIVER_OK)
+        if self.is_adopted:
+            for index in range(len(self.vrings)):
+                self.kick(index)
+        else:
+            self._status.store(self._status.load() | DRIVER_OK)
         self._kick(self.notify_id)
 
     def poll_driver(self) -> bool:
@@ -245,6 +278,24 @@ class VirtioDevice:
             self.failure = cause
             if self.on_failure is not None:
                 self.on_failure(cause)
+
+    def detach(self) -> int:
+        """Driver: leaves the device up, for another driver to take over. Idempotent.
+
+        Whoever drives it stops at once, and its users hear of it by a DetachedError.
+
+        Returns:
+            Messages taken from the device that no application has received yet.
+        """
+        self._check_role(Role.DRIVER)
+        if self._closed or self.failure is not None:
+            return 0
+        cause = DetachedError(
+            f"{self.name}: the device was detached, and goes on without this host"
+        )
+        unread = 0 if self.on_detach is None else self.on_detach(cause)
+        self.failure = cause
+        return unread
 
     def close(self) -> None:
         """Lets go of the shared memory. Idempotent."""

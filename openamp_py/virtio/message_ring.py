@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from openamp_py.virtio._ring import ffi, lib
 from openamp_py.virtio.shared import Pinned
+from openamp_py.virtio.takeover import Lent
 from openamp_py.virtio.virtqueue import Role, Virtqueue
 
 HEADER_SIZE: Final[int] = lib.MESSAGE_HEADER
@@ -130,6 +131,11 @@ class MessageRing:
         buffer_size: bytes of a buffer, header included. The driver lends buffers of this
             size; a device must know it, because it can only send what fits.
         pool: driver only: physical address and memory of ``num * buffer_size`` bytes.
+        lent: driver only: goes on where another driver left that had lent this, instead of
+            beginning anew.
+
+    Raises:
+        VirtqueueError: the device contradicts what was lent.
     """
 
     def __init__(
@@ -139,6 +145,7 @@ class MessageRing:
         sender: bool,
         buffer_size: int,
         pool: tuple[int, memoryview] | None = None,
+        lent: Lent | None = None,
     ) -> None:
         num = queue.layout.num
         if not HEADER_SIZE < buffer_size <= MAX_BUFFER_SIZE:
@@ -181,9 +188,14 @@ class MessageRing:
                 raise ValueError(f"{queue.name}: {num * buffer_size} bytes of buffers are needed")
             self._pool = Pinned(pool[1])
             ring.pool_pa, ring.pool = pool[0], self._pool.pointer
-            queue.start()
-            if not sender:
-                queue.result(lib.message_ring_fill(ring))
+            offsets = range(0, num * buffer_size, buffer_size) if lent is None else lent.offsets
+            self._offsets = ring.offsets = ffi.new("uint32_t[]", list(offsets))
+            if lent is not None:
+                queue.resume(lent.available, lent.heads, buffer_size)
+            else:
+                queue.start()
+                if not sender:
+                    queue.result(lib.message_ring_fill(ring))
         else:
             queue.attach()
         if sender:
@@ -397,6 +409,13 @@ class MessageRing:
         if result < 0:
             raise ValueError(f"{self.queue.name}: of the buffers {list(heads)} one is not held")
         return bool(result)
+
+    def leave(self) -> None:
+        """Sending driver: notes in shared memory what is out, for the next driver.
+
+        Nothing may be reserved, and nothing be sent after it.
+        """
+        self.queue.leave()
 
     def has_buffer(self) -> bool:
         """Whether a buffer is free. A broken ring counts as one: sending will tell."""

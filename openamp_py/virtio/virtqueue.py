@@ -11,6 +11,7 @@ from openamp_py.errors import VirtqueueError
 from openamp_py.memory import MemoryMap
 from openamp_py.virtio._ring import ffi, lib
 from openamp_py.virtio.shared import Pinned
+from openamp_py.virtio.takeover import RingCopy, copy_ring
 from openamp_py.vring import VringLayout
 
 
@@ -165,6 +166,11 @@ class Virtqueue:
         """The device's index as it stands in memory."""
         return int(lib.vq_used_index(self.handle))
 
+    @property
+    def is_begun_anew(self) -> bool:
+        """Device: whether the driver cleared the ring: the used index is not what was published."""
+        return bool(self.used_index != self.handle.published)
+
     def start(self) -> None:
         """Begins from zero; the driver clears the ring's memory."""
         lib.vq_start(self.handle)
@@ -187,6 +193,33 @@ class Virtqueue:
         if not 0 <= start <= 0xFFFF:
             raise ValueError(f"{self.name}: an index of {start}; 0 to 65535 are possible")
         self.result(lib.vq_attach(self.handle, start))
+
+    def copy(self) -> RingCopy:
+        """The vring as it stands in memory, for `takeover`."""
+        available, used = self.available_index, self.used_index
+        ring = bytes(ffi.buffer(self._q.ring, self.layout.size))
+        return copy_ring(self.name, self.layout, available, used, ring)
+
+    def resume(self, available: int, heads: Sequence[int], whole: int) -> None:
+        """Driver: goes on where another driver left, whose chains were one descriptor each.
+
+        Args:
+            available: the index that it published.
+            heads: what is out, or came back and was not looked at, from before that index.
+            whole: bytes of each buffer; it may have lent fewer.
+
+        Raises:
+            VirtqueueError: the device's index, or a head, contradicts that.
+        """
+        self._check_role(Role.DRIVER)
+        known = ffi.new("uint16_t[]", list(heads))
+        if lib.vq_resume(self.handle, available, known, len(known), whole) < 0:
+            raise VirtqueueError(f"{self.name} cannot be taken over: {self._describe_fault()}")
+
+    def leave(self) -> None:
+        """Driver of such chains: notes in the descriptors what is out, for the next driver."""
+        self._check_role(Role.DRIVER)
+        lib.vq_leave(self.handle)
 
     def add(
         self,

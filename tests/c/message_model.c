@@ -69,6 +69,7 @@ struct side {
 };
 
 static struct side sides[2], initial[2]; /* the sender first */
+static uint32_t offsets[MODEL_NUM];
 static uint8_t *pool;                    /* not accessible */
 static uint8_t buffers[POOL_SIZE];       /* what is in it */
 
@@ -223,6 +224,8 @@ static void open_both(void)
     if (pool == MAP_FAILED)
         cannot("no memory", MODEL_PAGE);
     model_open(options.num, options.start, POOL_SIZE, pool);
+    for (uint32_t i = 0; i < options.num; i++)
+        offsets[i] = i * BUFFER_SIZE;
     for (uint32_t i = 0; i < 2; i++) {
         struct side *side = &sides[i];
         uint32_t driver = i == 0 ? options.driver_sends : !options.driver_sends;
@@ -235,6 +238,7 @@ static void open_both(void)
             .scratch = side->scratch,
             .pool_pa = driver ? MODEL_POOL_PA : 0,
             .pool = driver ? pool : NULL,
+            .offsets = offsets,
             .buffer_size = BUFFER_SIZE,
             .sender = i == 0,
         };

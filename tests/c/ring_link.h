@@ -20,6 +20,7 @@ struct end { /* private to one side */
     struct vq queue;
     struct message_ring ring;
     struct vq_region region;
+    uint32_t *offsets;
 };
 
 struct link {
@@ -59,6 +60,9 @@ static inline void open_end(struct link *l, struct end *end, int driver, int sen
         .event_idx = (uint8_t)event_idx,
         .indirect = 1,
     };
+    end->offsets = allocate(l->num * sizeof(uint32_t));
+    for (uint32_t i = 0; i < l->num; i++)
+        end->offsets[i] = i * l->buffer_size;
     end->ring = (struct message_ring){
         .queue = &end->queue,
         .spans = allocate(l->num * sizeof(struct vq_span)),
@@ -67,6 +71,7 @@ static inline void open_end(struct link *l, struct end *end, int driver, int sen
         .scratch = allocate(l->buffer_size),
         .pool_pa = driver ? POOL_PA : 0,
         .pool = driver ? l->pool : NULL,
+        .offsets = end->offsets,
         .buffer_size = l->buffer_size,
         .sender = (uint32_t)sender,
     };
@@ -92,6 +97,7 @@ static inline void open_link(struct link *l, uint32_t num, uint32_t buffer_size,
 static inline void close_end(struct end *end)
 {
     free(end->queue.slots);
+    free(end->offsets);
     free(end->ring.spans);
     free(end->ring.places);
     free(end->ring.spares);
