@@ -17,14 +17,18 @@ import trio
 from openamp_py import (
     Bus,
     BusOptions,
+    Handshake,
     Link,
     LoopbackPlatform,
     ResourceTable,
     VirtioDevice,
+    encode_table,
     open_bus,
     open_processor,
     open_resources,
 )
+from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.platforms import demo
 from openamp_py.platforms.demo import TABLE, python_firmware
 from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
 
@@ -122,6 +126,70 @@ def open_pair() -> OpenPair:
                 yield Pair(bus, remote, device, remote_device)
 
     return open_
+
+
+class LinkEnd:
+    """One end of a link in this process: whoever runs it hears of the other's kicks.
+
+    Either end may be run again and again, so that programs on it come and go. It ends when `end`
+    is set, with that error or in order.
+    """
+
+    table_da: int | None = demo.TABLE_DA
+    handshake = Handshake.FULL
+
+    def __init__(self, name: str, memory: MemoryMap) -> None:
+        self.name = name
+        self.memory = memory
+        self.buffer_area: tuple[int, int] | None = demo.buffer_area()
+        self.other: LinkEnd
+        self.rung = trio.Event()
+        self.end: Exception | None = None
+        self.ended = False
+
+    def kick(self, notify_id: int) -> None:
+        self.other.rung.set()
+
+    def finish(self, error: Exception | None = None) -> None:
+        """The other side is gone."""
+        self.end, self.ended = error, True
+        self.rung.set()
+
+    async def run(
+        self,
+        notified: Callable[[], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        task_status.started()
+        while not self.ended:
+            await self.rung.wait()
+            self.rung = trio.Event()
+            notified()
+        if self.end is not None:
+            raise self.end
+
+
+CreateEnds = Callable[[ResourceTable], tuple[LinkEnd, LinkEnd]]
+
+
+@pytest.fixture
+def create_ends() -> Iterator[CreateEnds]:
+    """Makes both ends of a link, the host's first, over memory with a table in it."""
+    with contextlib.ExitStack() as stack:
+
+        def create(table: ResourceTable) -> tuple[LinkEnd, LinkEnd]:
+            shared = SharedMemory.create("openamp-test", demo.MEMORY_SIZE)
+            stack.callback(shared.close)
+            region = shared.region("shm", 0)
+            data = encode_table(table)
+            region.view[: len(data)] = data
+            memory = MemoryMap([region])
+            host, remote = LinkEnd("host end", memory), LinkEnd("remote end", memory)
+            host.other, remote.other = remote, host
+            return host, remote
+
+        yield create
 
 
 @pytest.fixture(params=CORES)

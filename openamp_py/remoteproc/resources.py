@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -11,14 +10,18 @@ import trio
 
 from openamp_py.background import open_background
 from openamp_py.constants import VIRTIO_ID_RPMSG
-from openamp_py.errors import OpenAMPError, ResourceTableError
+from openamp_py.errors import OpenAMPError, ResourceTableError, StateError
 from openamp_py.memory import Arena, MemoryMap
 from openamp_py.remoteproc import resource_table as rt
 from openamp_py.remoteproc.platform import Link, run_link
 from openamp_py.virtio import Role, SharedU8, SharedU32, VirtioDevice, Vring
+from openamp_py.virtio.device import BufferMemory
 from openamp_py.vring import VringLayout
 
 _logger = logging.getLogger(__name__)
+
+# Not every driver kicks once it is up, so its status is looked at again this often (seconds).
+_STATUS_RECHECK = 0.02
 
 
 class Buffers:
@@ -63,8 +66,11 @@ class Resources:
     Made by `open_resources` or by a RemoteProcessor, which also close it.
 
     Attributes:
-        table: the table as it was when the devices were made.
+        table: the table as it was when the latest device was made.
         devices: in the order of the table.
+
+    Args:
+        adopt: a driver takes over what another one has up, instead of resetting it.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Resources:
         link: Link,
         role: Role,
         *,
+        adopt: bool = False,
         carveouts: dict[str, tuple[int, int]] | None = None,
         arena: Arena | None = None,
     ) -> None:
@@ -81,6 +88,8 @@ class Resources:
         """
         self._link = link
         self._role = role
+        self._adopt = adopt
+        self._failure: OpenAMPError | None = None
         memory = link.memory
         if link.table_da is None:
             raise ResourceTableError(f"{link.name}: there is no resource table")
@@ -90,7 +99,6 @@ class Resources:
         areas = carveouts or {c.name: (c.da, c.length) for c in self.table.carveouts}
         if arena is None:
             arena = _arena_of(self.table, memory, link.table_da)
-        self._stack = contextlib.ExitStack()
         self.devices: tuple[VirtioDevice, ...] = ()
         try:
             for index, vdev in enumerate(self.table.vdevs):
@@ -98,16 +106,16 @@ class Resources:
                 buffers = Buffers(f"vdev{index}", memory, area, arena)
                 self.devices += (self._create_device(view, index, vdev, buffers),)
         except BaseException:
-            self._stack.close()
+            self.close()
             raise
 
     def _create_device(
-        self, view: memoryview, index: int, vdev: rt.Vdev, buffers: Buffers
+        self, view: memoryview, index: int, vdev: rt.Vdev, buffers: BufferMemory
     ) -> VirtioDevice:
         link = self._link
         config = view[vdev.offset + vdev.config_offset :][: len(vdev.config)]
         accepted = vdev.offset + rt.VDEV_DRIVER_FEATURES_OFFSET
-        device = VirtioDevice(
+        return VirtioDevice(
             role=self._role,
             device_id=vdev.id,
             index=index,
@@ -124,9 +132,8 @@ class Resources:
             kick=link.kick,
             buffers=buffers,
             handshake=link.handshake,
+            adopt=self._adopt,
         )
-        self._stack.callback(device.close)
-        return device
 
     def rpmsg_device(self) -> VirtioDevice:
         """The first RPMsg device.
@@ -142,6 +149,85 @@ class Resources:
             f"none with id {VIRTIO_ID_RPMSG} (RPMsg)"
         )
 
+    async def wait_driver(self, index: int) -> VirtioDevice:
+        """Device: waits until the driver of a device is up, and grants a reset it asks for.
+
+        Returns:
+            The device as the table now describes it: see `renew`.
+
+        Raises:
+            ValueError: this side is the driver, or there is no such device.
+            StateError: a bus works the device.
+            ResourceTableError: the table is malformed by now, or describes another device.
+            OpenAMPError: what ended the link.
+        """
+        device = self._device_of(index)
+        if device.on_notify is not None:
+            raise StateError(f"{device.name}: a bus works the device, or another task waits for it")
+        lot = trio.lowlevel.ParkingLot()
+
+        def wake(_: object = None) -> None:
+            lot.unpark_all()
+
+        await trio.lowlevel.checkpoint()
+        device.on_notify = device.on_failure = wake
+        try:
+            while not device.poll_driver():
+                if device.failure is not None:
+                    raise device.failure.with_traceback(None)
+                with trio.move_on_after(_STATUS_RECHECK):
+                    await lot.park()
+        finally:
+            device.on_notify = device.on_failure = None
+        return self.renew(index)
+
+    def renew(self, index: int) -> VirtioDevice:
+        """Device: makes a device anew from the table as it stands in memory, for another life.
+
+        A Linux host writes the places of the vrings only when its driver comes up, and may choose
+        others the next time. The old device is closed.
+
+        Raises:
+            ValueError: this side is the driver, or there is no such device.
+            StateError: a bus works the device.
+            ResourceTableError: the table is malformed by now, or describes another device.
+        """
+        old = self._device_of(index)
+        if old.on_notify is not None:
+            raise StateError(f"{old.name}: a bus works the device, or a task waits for its driver")
+        link = self._link
+        assert link.table_da is not None, "decoded before"
+        view = table_view(link.memory, link.table_da)
+        table = rt.decode_table_untrusted(bytes(view))
+        before, now = ([(v.offset, v.id) for v in t.vdevs] for t in (self.table, table))
+        if before != now:
+            raise ResourceTableError(
+                f"{link.name}: the table's vdev entries are at other places or of other kinds than "
+                f"before: (offset, id) were {before}, are {now}"
+            )
+        device = self._create_device(view, index, table.vdevs[index], old.buffers)
+        self.table = table
+        self.devices = (*self.devices[:index], device, *self.devices[index + 1 :])
+        old.close()
+        if self._failure is not None:
+            device.fail(self._failure)
+        return device
+
+    def _device_of(self, index: int) -> VirtioDevice:
+        if self._role is not Role.DEVICE:
+            raise ValueError(f"{self._link.name}: only the {Role.DEVICE.value} role does this")
+        if not 0 <= index < len(self.devices):
+            raise ValueError(f"{self._link.name}: no device {index}; there are {len(self.devices)}")
+        return self.devices[index]
+
+    def detach(self) -> int:
+        """Driver: leaves every device up, for another host to take over. See `VirtioDevice.detach`.
+
+        Returns:
+            Messages taken from the devices that no application has received yet.
+        """
+        return sum(device.detach() for device in self.devices)
+
     def notified(self) -> None:
         """The doorbell rang: every device looks at its rings, since a kick is only a hint."""
         for device in self.devices:
@@ -149,12 +235,14 @@ class Resources:
 
     def fail(self, cause: OpenAMPError) -> None:
         """The other side is gone: the users of every device are told."""
+        self._failure = self._failure or cause
         for device in self.devices:
             device.fail(cause)
 
     def close(self) -> None:
         """Lets go of the shared memory. Idempotent."""
-        self._stack.close()
+        for device in self.devices:
+            device.close()
 
 
 def table_view(memory: MemoryMap, da: int) -> memoryview:
@@ -183,11 +271,18 @@ def _arena_of(table: rt.ResourceTable, memory: MemoryMap, table_da: int) -> Aren
 
 
 @asynccontextmanager
-async def open_resources(link: Link, role: Role = Role.DEVICE) -> AsyncIterator[Resources]:
+async def open_resources(
+    link: Link, role: Role = Role.DEVICE, *, adopt: bool = False
+) -> AsyncIterator[Resources]:
     """Joins the devices that the table on a link describes, for an `async with` block.
 
     This is resource_init and, at the end of the block, resource_deinit. The remote side uses it
     with the device role; a host that boots nothing (the peer runs already) with the driver role.
+
+    Args:
+        link: this side's end.
+        role: of this side.
+        adopt: a driver takes over what another one has up, instead of resetting it.
 
     Raises:
         PeerGoneError: the other side is not there.
@@ -203,7 +298,7 @@ async def open_resources(link: Link, role: Role = Role.DEVICE) -> AsyncIterator[
                 resources.notified()
 
         await nursery.start(_listen, link, notified, joined, ended)
-        resources = Resources(link, role)
+        resources = Resources(link, role, adopt=adopt)
         joined.append(resources)
         for cause in ended:
             resources.fail(cause)

@@ -27,6 +27,7 @@ from openamp_py.errors import (
 )
 from openamp_py.rpmsg.addresses import AddressSpace, check_destination
 from openamp_py.rpmsg.endpoint import DEFAULT_QUEUE_LIMIT, Endpoint, WhenFull
+from openamp_py.rpmsg.handover import NOTHING, Handover
 from openamp_py.rpmsg.in_place import HeldMessage, Reservation
 from openamp_py.rpmsg.name_service import ChannelRegistry
 from openamp_py.rpmsg.polling import Polling
@@ -56,6 +57,7 @@ from openamp_py.virtio.message_ring import (
     encode_lengths,
     transmit_closed,
 )
+from openamp_py.virtio.takeover import Lent, find_receiving_untrusted, find_sending_untrusted
 
 _logger = logging.getLogger(__name__)
 
@@ -185,6 +187,7 @@ class Bus:
         self._polling = Polling(options.polling)
         self.poll_now = self._poll_nanoseconds = int(self._polling.seconds * 1e9)
         self._endpoints: dict[int, Endpoint] = {}
+        self._stand_ins: dict[int, Endpoint] = {}
         self._keep: dict[int, int] = {}
         self._addresses = AddressSpace()
         self._registry = ChannelRegistry()
@@ -213,16 +216,16 @@ class Bus:
         self._device = device
 
     @asynccontextmanager
-    async def open_rings(self, device: VirtioDevice) -> AsyncIterator[None]:
+    async def open_rings(self, device: VirtioDevice, handover: Handover) -> AsyncIterator[None]:
         """For `open_bus`: the rings of its device, and of those that come after it."""
         try:
-            await self._begin(device, Counter())
+            await self._begin(device, Counter(), handover)
             yield
         finally:
             await self.aclose()
             await self._rings.aclose()
 
-    async def _begin(self, device: VirtioDevice, past: Counter[str]) -> None:
+    async def _begin(self, device: VirtioDevice, past: Counter[str], handover: Handover) -> None:
         """Brings a device up and works its rings from then on; `past` was counted before."""
         sending, receiving = await self._rings.enter_async_context(
             open_rings(
@@ -252,6 +255,9 @@ class Bus:
         self.blocked = bool(self._turns) or self._options.always_kick
         device.on_notify = self._notified
         device.on_failure = self._device_failed
+        device.on_detach = self._detached
+        if device.is_adopted:
+            self._take_over(handover)
         if driver:
             device.set_driver_ok()
         # What came in, or went wrong, before there was a bus has been told already.
@@ -259,6 +265,20 @@ class Bus:
             self._device_failed(device.failure)
         else:
             self.drain()
+
+    def _take_over(self, handover: Handover) -> None:
+        """Goes on where the host before stopped: what comes for its endpoints is kept for ours."""
+        for channel in handover.channels:
+            refusal = self._registry.create(channel)
+            if refusal:
+                self._refuse_announcement(f"{channel}", refusal)
+        for handed in handover.endpoints:
+            endpoint = self._endpoints.get(handed.address)
+            if endpoint is None:
+                address = self._addresses.take(handed.address)
+                endpoint = Endpoint(self, handed.name, address)
+                self._endpoints[address] = self._stand_ins[address] = endpoint
+            endpoint.take_over(handed)
 
     async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
         """For `open_bus`: listens to trio, and does what takes time."""
@@ -298,6 +318,14 @@ class Bus:
     def channels(self) -> tuple[Channel, ...]:
         """What the other side has announced and not withdrawn, oldest first."""
         return tuple(self._registry)
+
+    @property
+    def handover(self) -> Handover:
+        """What the next host has to know to go on, once the device was detached here.
+
+        To be read before or after that, as long as endpoints are open: see `open_bus`.
+        """
+        return Handover(self.channels, tuple(each.handed() for each in self._endpoints.values()))
 
     @property
     def drops(self) -> Drops:
@@ -362,6 +390,19 @@ class Bus:
             },
         )
 
+    async def wait_failure(self) -> OpenAMPError:
+        """Waits until the link fails, and returns what ended it.
+
+        Raises:
+            trio.ClosedResourceError: the bus was closed here.
+        """
+        await trio.lowlevel.checkpoint()
+        while self.failure is None:
+            if self._closed:
+                raise trio.ClosedResourceError("the bus was closed")
+            await self._news.park()
+        return self.failure
+
     async def wait_service(self, name: str) -> Channel:
         """Waits until the other side has announced a service of this name.
 
@@ -421,6 +462,10 @@ class Bus:
         `destination`, and the link has a name service); a host thereby also acknowledges
         the service it binds to.
 
+        On a device that was taken over from a host that left a handover, one that this host had
+        (by its name, or by its address) is continued: at the same address, with the messages that
+        came for it, and without being announced again.
+
         Args:
             name: the service's name, 1 to 31 bytes as UTF-8; None for a bare address.
             address: local address; by default the lowest free one from 1024 on. Those below are
@@ -446,10 +491,11 @@ class Bus:
         if queue_limit < 1:
             raise ValueError(f"queue_limit is {queue_limit}; at least 1 is needed")
         self._check_usable()
+        stand_in = self._find_stand_in(name, address)
         endpoint = Endpoint(
             self,
             name,
-            self._addresses.take(address),
+            self._addresses.take(address) if stand_in is None else stand_in.address,
             destination=destination,
             announces=announce and name is not None and destination == ADDRESS_ANY,
             queue_limit=queue_limit,
@@ -459,23 +505,38 @@ class Bus:
         )
         self._endpoints[endpoint.address] = endpoint
         try:
-            if in_place:
+            if stand_in is not None:
+                del self._stand_ins[endpoint.address]
+                endpoint.inherit(stand_in)
+            if in_place or stand_in is not None:
                 self.choose_buffers(endpoint)
             if name is not None and not endpoint.is_bound:
                 self._bind_to_known(endpoint)
-            if endpoint.wants_announcing and self._names:
+            if endpoint.wants_announcing and self._names and not endpoint.is_told:
                 await endpoint.announce()
             yield endpoint
         finally:
             await endpoint.aclose()
 
-    async def restart(self, device: VirtioDevice) -> None:
-        """Goes on over a new device, after the old one failed or was given up.
+    def _find_stand_in(self, name: str | None, address: int) -> Endpoint | None:
+        """What stands in for an endpoint that is about to be opened."""
+        if address != ADDRESS_ANY:
+            return self._stand_ins.get(address)
+        for endpoint in self._stand_ins.values():
+            if name is not None and endpoint.name == name:
+                return endpoint
+        return None
+
+    async def restart(self, device: VirtioDevice, handover: Handover = NOTHING) -> None:
+        """Goes on over a new device, after the old one failed, was detached or was given up.
 
         Endpoints that were opened with `rebind` live on: they are announced again, and bound
         when the peer announces itself. All others stay broken. Messages that were not received
         yet, announcements, held and reserved buffers belong to the old device and are gone; the
         generation counts on.
+
+        A device that is taken over goes on with the `handover` of the host before, as with
+        `open_bus`; endpoints with `rebind` that are in it stay bound, and are not announced again.
 
         Raises what `open_bus` raises, and:
             trio.ClosedResourceError: the bus was closed.
@@ -493,6 +554,7 @@ class Bus:
         self._let_go(self.broken("bus"))
         self._registry = ChannelRegistry()
         self._replies.clear()
+        self._stand_ins.clear()
         self._kept = 0
         for endpoint in tuple(self._endpoints.values()):
             if not endpoint.revive():
@@ -502,7 +564,7 @@ class Bus:
         try:
             await self._rings.aclose()
             self._rings = AsyncExitStack()
-            await self._begin(device, self._count_rings())
+            await self._begin(device, self._count_rings(), handover)
             if self._closed:
                 self._let_go(trio.ClosedResourceError("the bus was closed"))
                 await self._rings.aclose()
@@ -516,7 +578,7 @@ class Bus:
             self._restarting = False
         self._generation += 1
         for endpoint in self._endpoints.values():
-            if endpoint.announces_again() and self._names:
+            if endpoint.announces_again() and self._names and not endpoint.is_told:
                 self._replies[endpoint] = None
         self._send_replies()
         self._wake_all()
@@ -570,7 +632,7 @@ class Bus:
             result = self._sending.send(source, destination, payload)
         except VirtqueueError as error:
             self._fail(error)
-            raise self.broken("send") from error
+            raise self.broken("send") from self.failure
         if result < 0:
             return self._no_buffer(result, len(payload))
         self._tell(self._send_index, wanted=bool(result))
@@ -603,7 +665,7 @@ class Bus:
                 )
             except VirtqueueError as error:
                 self._fail(error)
-                raise self.broken("send") from error
+                raise self.broken("send") from self.failure
             if sent < 0:
                 return self._no_buffer(sent, len(batch.payloads[batch.done]))
             count(sent, batch.went(sent))
@@ -621,7 +683,7 @@ class Bus:
             head, place, capacity = ring.reserve()
         except VirtqueueError as error:
             self._fail(error)
-            raise self.broken("reserve") from error
+            raise self.broken("reserve") from self.failure
         if head < 0:
             self._no_buffer(head, length or 0)
             return None
@@ -642,7 +704,7 @@ class Bus:
             kick = self._sending.commit(head, source, destination, reservation.length)
         except VirtqueueError as error:
             self._fail(error)
-            raise self.broken("send") from error
+            raise self.broken("send") from self.failure
         self._tell(self._send_index, wanted=kick)
 
     def cancel(self, reservation: Reservation) -> None:
@@ -785,6 +847,12 @@ class Bus:
         self._kept -= 1
         return held
 
+    def copy_buffer(self, head: int, length: int) -> bytes:
+        """The payload in a buffer that a queued message occupies."""
+        view = self._device.memory.find_pa(self._receiving.place(head), length)
+        assert view is not None, "translated before"
+        return bytes(view)
+
     def give_back(self, held: HeldMessage) -> Exception | None:
         """A held message was released. Returns why that is of no use, where the link is over."""
         head = self._in_hand.pop(held)
@@ -899,10 +967,14 @@ class Bus:
         if self._usable and not self._device.is_up:
             self._device_failed(
                 PeerGoneError(
-                    f"{self._device.name}: the other side reset the device "
+                    f"{self._device.name}: {self._peer} reset the device "
                     f"(status {self._device.status:#x})"
                 )
             )
+
+    @property
+    def _peer(self) -> str:
+        return "the driver" if self.role is Role.DEVICE else "the other side"
 
     def _look(self) -> None:
         """Handles whatever there is."""
@@ -986,7 +1058,7 @@ class Bus:
             with contextlib.suppress(OSError):  # of a kick: it is over anyway
                 self._device.end()
         self._begun = False
-        self._device.on_notify = self._device.on_failure = None
+        self._device.on_notify = self._device.on_failure = self._device.on_detach = None
         self.transmit = transmit_closed
         for held in self._in_hand:
             held.take_away(error)
@@ -994,6 +1066,35 @@ class Bus:
             reservation.take_away(error)
         self._in_hand.clear()
         self._reserved.clear()
+
+    def _detached(self, cause: OpenAMPError) -> int:
+        """The device goes on without us: all its buffers go back to it.
+
+        Returns:
+            Messages that were taken and not received; their endpoints still have them.
+        """
+        heads = [*self._in_hand.values()]
+        reserved = [head for head, _ in self._reserved.values()]
+        for endpoint in self._endpoints.values():
+            heads += endpoint.vacate()
+        self._kept = 0
+        self._begun = False  # so that the device is not reset
+        self._let_go(self.broken("bus", cause))
+        if self._usable:
+            for head in reserved:
+                self._sending.cancel(head)
+            self._give_back(heads)
+        if self._usable:
+            self._sending.leave()
+        self._fail(cause)
+        unread = sum(endpoint.statistics.queued for endpoint in self._endpoints.values())
+        _logger.log(
+            logging.WARNING if unread else logging.INFO,
+            "%s: detached; %d messages were taken from it and are not received yet",
+            self._device.name,
+            unread,
+        )
+        return unread
 
     def _remove(self, endpoint: Endpoint) -> None:
         del self._endpoints[endpoint.address]
@@ -1109,10 +1210,21 @@ class Bus:
     def _fail(self, cause: OpenAMPError) -> None:
         """The link is over: everyone who waits wakes with this cause."""
         if self.failure is None:
+            if isinstance(cause, VirtqueueError) and self._is_begun_anew():
+                what = f"{self._device.name}: the driver reset the device, and began anew"
+                reset = PeerGoneError(what)
+                reset.__cause__ = cause
+                cause = reset
             self.failure = cause
             self.blocked = True
             self._usable = False
             self._wake_all()
+
+    def _is_begun_anew(self) -> bool:
+        """Device: whether the driver was reset and came up again before this side saw it."""
+        return self.role is Role.DEVICE and any(
+            ring.queue.is_begun_anew for ring in (self._sending, self._receiving)
+        )
 
     def _device_failed(self, cause: OpenAMPError) -> None:
         """The other side is gone; what it sent before is still delivered."""
@@ -1158,6 +1270,29 @@ async def _wait_driver(device: VirtioDevice) -> None:
         device.on_notify = device.on_failure = None
 
 
+def _find_lent(device: VirtioDevice, send_buffer_size: int) -> tuple[Lent, Lent]:
+    """What the driver before lent to a device that is taken over: to receive, and to send."""
+    with (
+        contextlib.closing(device.open_queue(_TO_DRIVER)) as to_driver,
+        contextlib.closing(device.open_queue(_TO_DEVICE)) as to_device,
+    ):
+        received = find_receiving_untrusted(to_driver.copy())
+        end = received.pa + received.size * len(received.offsets)
+        return received, find_sending_untrusted(to_device.copy(), end, send_buffer_size)
+
+
+def _find_pool(device: VirtioDevice, lent: Lent) -> tuple[int, memoryview]:
+    """The memory of the buffers of a device that is taken over."""
+    size = lent.size * len(lent.offsets)
+    view = device.memory.find_pa(lent.pa, size)
+    if view is None:
+        raise VirtqueueError(
+            f"{device.name} cannot be taken over: its {size} bytes of buffers at {lent.pa:#x} "
+            f"are not in memory: {device.memory}"
+        )
+    return lent.pa, view
+
+
 @asynccontextmanager
 async def open_rings(
     device: VirtioDevice,
@@ -1189,26 +1324,37 @@ async def open_rings(
     with contextlib.ExitStack() as stack:
 
         def open_ring(
-            index: int, size: int, *, sender: bool, pool: tuple[int, memoryview] | None
+            index: int,
+            size: int,
+            *,
+            sender: bool,
+            pool: tuple[int, memoryview] | None,
+            lent: Lent | None,
         ) -> MessageRing:
             queue = stack.enter_context(contextlib.closing(device.open_queue(index)))
-            ring = MessageRing(queue, sender=sender, buffer_size=size, pool=pool)
+            ring = MessageRing(queue, sender=sender, buffer_size=size, pool=pool, lent=lent)
             stack.callback(ring.close)
             return ring
 
         try:
-            receive_pool = send_pool = None
-            if driver:
+            receive_pool = send_pool = received = sent = None
+            if device.is_adopted:
+                received, sent = _find_lent(device, send_buffer_size)
+                receive_buffer_size = received.size
+                receive_pool, send_pool = (_find_pool(device, lent) for lent in (received, sent))
+            elif driver:
                 receives, sends = (vring.layout.num for vring in device.vrings)
                 received_bytes = receives * receive_buffer_size
                 pa, pool = device.buffers(received_bytes + sends * send_buffer_size)
                 receive_pool = (pa, pool[:received_bytes])
                 send_pool = (pa + received_bytes, pool[received_bytes:])
             from_peer, to_peer = (_TO_DRIVER, _TO_DEVICE) if driver else (_TO_DEVICE, _TO_DRIVER)
-            receiving = open_ring(from_peer, receive_buffer_size, sender=False, pool=receive_pool)
-            sending = open_ring(to_peer, send_buffer_size, sender=True, pool=send_pool)
+            receiving = open_ring(
+                from_peer, receive_buffer_size, sender=False, pool=receive_pool, lent=received
+            )
+            sending = open_ring(to_peer, send_buffer_size, sender=True, pool=send_pool, lent=sent)
         except BaseException:
-            if driver:
+            if driver and not device.is_adopted:
                 device.give_up()
             raise
         yield sending, receiving
@@ -1216,24 +1362,31 @@ async def open_rings(
 
 @asynccontextmanager
 async def open_bus(
-    device: VirtioDevice, options: BusOptions = DEFAULT_OPTIONS
+    device: VirtioDevice, options: BusOptions = DEFAULT_OPTIONS, handover: Handover = NOTHING
 ) -> AsyncIterator[Bus]:
     """Brings an RPMsg device up for an `async with` block and takes it down at its end.
 
     A driver (host) sets the device up at once, and once in its life; a device (remote) waits for
     its driver.
 
+    A device that a host takes over from another one (`VirtioDevice.adopt`) goes on as it is: its
+    rings say how large the receiving buffers are; `send_buffer_size` must be the same as before.
+    What the remote sent meanwhile is received. Messages for endpoints that are in no handover,
+    and are not open yet, are dropped and counted.
+
     Args:
         device: an RPMsg device, from a `RemoteProcessor` or `open_resources`.
         options: how to work the link.
+        handover: what the host before left (`Bus.handover`), where the device is taken over.
 
     Raises:
         ValueError: it is not an RPMsg device, or a buffer size is not possible.
         ResourceTableError: its vrings or buffers do not fit its memory.
         StateError: a driver had it before; a new start of the processor makes a new device.
+        VirtqueueError: it cannot be taken over: its rings contradict themselves.
         trio.BrokenResourceError: the other side is gone.
     """
     bus = Bus(options, device)
-    async with bus.open_rings(device), open_background() as nursery:
+    async with bus.open_rings(device, handover), open_background() as nursery:
         await nursery.start(bus.run)
         yield bus

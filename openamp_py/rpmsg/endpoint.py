@@ -18,6 +18,7 @@ from openamp_py.background import plain_errors
 from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS
 from openamp_py.errors import OpenAMPError, PeerGoneError, StateError
 from openamp_py.rpmsg.addresses import check_destination
+from openamp_py.rpmsg.handover import HandedEndpoint
 from openamp_py.rpmsg.in_place import HeldMessage, Reservation
 from openamp_py.rpmsg.statistics import EndpointReport, EndpointStatistics
 from openamp_py.rpmsg.wire import Announcement, Channel, encode_announcement
@@ -647,6 +648,48 @@ class Endpoint:
         self._told = self._announces = self._withdrawn = self._unread = False
         self._bound = self._queue_limit
         return True
+
+    def vacate(self) -> list[int]:
+        """Its messages leave their shared buffers, to wait as copies. Returns the buffers."""
+        heads = [*self._held]
+        self._held.clear()
+        for place, each in enumerate(self._queue):
+            if isinstance(each, _Occupied):
+                payload = self._bus.copy_buffer(each.head, each.length)
+                self._queue[place] = Message(payload, each.source)
+                heads.append(each.head)
+        return heads
+
+    def handed(self) -> HandedEndpoint:
+        """What the next host has to know of it."""
+        return HandedEndpoint(self.name, self.address, self.destination, self._told)
+
+    def take_over(self, handed: HandedEndpoint) -> None:
+        """The peer knows it from the host before."""
+        if self._given_destination == ADDRESS_ANY and handed.destination is not None:
+            self._destination = handed.destination
+        self._told = handed.announced
+
+    def inherit(self, stand_in: Endpoint) -> None:
+        """Goes on for one that stood in for it at its address."""
+        if self._given_destination == ADDRESS_ANY:
+            self._destination = stand_in._destination
+        self._told = self._announces = stand_in._told and self._wants_announcing
+        self._received = stand_in._received
+        self._received_bytes = stand_in._received_bytes
+        self._dropped = stand_in._dropped
+        self._withdrawn = stand_in._withdrawn and not self._rebind
+        self._queue, stand_in._queue = stand_in._queue, self._queue
+        self._held, stand_in._held = stand_in._held, self._held
+        self._holds_back = stand_in._holds_back
+        self._careful = self._in_place or self._holds_back
+        if len(self._queue) >= self._bound:
+            self._limit()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the peer knows of it."""
+        return self._told
 
     def announces_again(self) -> bool:
         """Whether the peer is to be told of this endpoint, on a new device."""
