@@ -1,0 +1,121 @@
+"""A remote application that outlives its hosts: one bus for each life of each device's driver."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from openamp_py.background import open_background, plain_errors
+from openamp_py.constants import VIRTIO_ID_RPMSG
+from openamp_py.errors import OpenAMPError, PeerError, PeerGoneError, ResourceTableError
+from openamp_py.remoteproc import Link, Resources, open_resources
+from openamp_py.rpmsg import Bus, BusOptions, open_bus
+from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
+
+_logger = logging.getLogger(__name__)
+
+BusApplication = Callable[[Bus], Awaitable[None]]
+"""What `serve_remote` runs: it gets the bus of one life of the driver."""
+
+
+async def serve_remote(
+    link: Link, application: BusApplication, *, options: BusOptions = DEFAULT_OPTIONS
+) -> None:
+    """Plays a remote whose host may come and go, over every RPMsg device of the table.
+
+    Each time the driver of a device comes up, `application` runs with a new bus to it. When the
+    driver resets the device the application is cancelled, and begins again with the next life. One
+    that returns by itself is done, and its device is not served any more.
+
+    Returns when all are done, or the other side left.
+
+    Args:
+        link: this remote's end of the link.
+        application: an async function of one `Bus`, run once at a time for each device. What it
+            raises ends this call, but for what a reset makes of it.
+        options: how the buses work the link.
+
+    Raises:
+        ResourceTableError: the table has no RPMsg device, or is malformed.
+        PlatformError: the link cannot be made, or failed.
+        PeerGoneError: the host left before the link was up.
+        trio.BrokenResourceError: the host broke a ring (the cause says how).
+    """
+    with plain_errors():
+        async with open_resources(link) as resources, trio.open_nursery() as nursery:
+            found = False
+            for index, device in enumerate(resources.devices):
+                if device.device_id == VIRTIO_ID_RPMSG:
+                    found = True
+                    nursery.start_soon(_serve_device, resources, index, application, options)
+            if not found:
+                raise ResourceTableError(
+                    f"the resource table has {len(resources.devices)} vdev entries, "
+                    f"none with id {VIRTIO_ID_RPMSG} (RPMsg)"
+                )
+
+
+async def _serve_device(
+    resources: Resources, index: int, application: BusApplication, options: BusOptions
+) -> None:
+    """One life of the driver after the other."""
+    while True:
+        try:
+            device = await resources.wait_driver(index)
+        except PeerGoneError:
+            return
+        up = False
+        try:
+            async with open_bus(device, options) as bus:
+                up = True
+                failure = await _run_life(bus, application)
+        except trio.BrokenResourceError as error:
+            if up:
+                raise
+            failure = _check_gone(error)  # the link ended before there was a bus
+        if failure is None:
+            return
+        _logger.info("%s", failure)
+
+
+async def _run_life(bus: Bus, application: BusApplication) -> OpenAMPError | None:
+    """Runs the application until it is done or the link fails. Returns why that failed.
+
+    Raises:
+        trio.BrokenResourceError: it failed otherwise than by the other side leaving.
+    """
+    async with open_background() as nursery:
+
+        async def watch() -> None:
+            with contextlib.suppress(trio.ClosedResourceError):  # by the application
+                await bus.wait_failure()
+                nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        try:
+            await application(bus)
+        except trio.BrokenResourceError:
+            if bus.failure is None:
+                raise
+        except BaseExceptionGroup as group:
+            _, rest = group.split(trio.BrokenResourceError)
+            if bus.failure is None:
+                raise
+            if rest is not None:
+                raise rest from None
+    if bus.failure is None:
+        return None
+    return _check_gone(bus.broken("bus"))
+
+
+def _check_gone(error: trio.BrokenResourceError) -> OpenAMPError:
+    """Returns the cause where that is the other side's leaving, and raises where it is not."""
+    cause = error.__cause__
+    if isinstance(cause, PeerGoneError):
+        return cause
+    if isinstance(cause, OpenAMPError) and not isinstance(cause, PeerError):
+        raise cause
+    raise error
