@@ -61,9 +61,9 @@ async def test_the_driver_that_comes_up_ends_the_wait(create_ends: CreateEnds) -
             with trio.fail_after(5):
                 while not found:
                     await trio.testing.wait_all_tasks_blocked()
+            assert found[0].status == 0xF and old[1].status == 0, "the old one is closed"
         assert found == [remote.devices[1]] and remote.devices[1] is not old[1]
         assert remote.devices[0] is old[0]
-        assert old[1].status == 0, "the old one is closed"
 
 
 async def test_vrings_are_where_the_table_says_when_the_driver_is_up(

@@ -301,6 +301,57 @@ async def test_what_comes_for_an_endpoint_that_is_not_open_yet_waits_for_it(
                 assert (await remote.receive()).source == 7
 
 
+async def test_a_stand_in_that_holds_the_peer_back_is_followed_by_one_that_lets_it_go(
+    open_world: OpenWorld,
+) -> None:
+    async with open_world(num=4) as world:
+        async with world.host() as (bus, resources):
+            await _settle()
+            remote = await world.open_remote(NAME)
+            async with bus.open_endpoint(NAME) as host:
+                await _exchange(host, remote, b"x")
+                world.leave(bus, resources)
+        async with world.host() as (bus, resources):
+            sent = 0
+            with pytest.raises(trio.WouldBlock):
+                while True:
+                    remote.send_nowait(struct.pack("<I", sent))
+                    sent += 1
+                    await _settle()
+            assert bus.statistics.held == 4
+            async with bus.open_endpoint(NAME, queue_limit=1000) as host:
+                for number in range(sent):
+                    assert (await host.receive()).payload == struct.pack("<I", number)
+                assert bus.statistics.held == 0
+                await _exchange(host, remote, b"x")
+
+
+async def test_a_buffer_that_the_remote_holds_is_not_written_by_the_next_host(
+    open_world: OpenWorld,
+) -> None:
+    async with open_world(num=4) as world:
+        async with world.host() as (bus, resources):
+            await _settle()
+            holding = await world.open_remote("holding", in_place=True)
+            remote = await world.open_remote(NAME)
+            async with bus.open_endpoint("holding") as first, bus.open_endpoint(NAME) as host:
+                await first.wait_bound()
+                await first.send(b"held")
+                held = await holding.hold()
+                for _ in range(9):  # until the ring does not name the held one any more
+                    await _exchange(host, remote, b"x")
+                world.leave(bus, resources)
+        async with world.host() as (bus, _), bus.open_endpoint(NAME) as host:
+            for _ in range(3):
+                host.send_nowait(b"y")
+            with pytest.raises(trio.WouldBlock):
+                host.send_nowait(b"y")
+            assert bytes(held.view) == b"held"
+            held.release()
+            assert len([await remote.receive() for _ in range(3)]) == 3
+            await _exchange(host, remote, b"x")
+
+
 async def test_without_a_handover_the_rings_go_on_and_names_do_not(open_world: OpenWorld) -> None:
     async with open_world() as world:
         async with world.host() as (bus, resources):
