@@ -63,7 +63,7 @@ from openamp_py.remoteproc import (
     open_processor,
     open_resources,
 )
-from openamp_py.remoteproc.processor import Image
+from openamp_py.remoteproc.sources import Image
 from openamp_py.rpmsg import Bus, BusOptions, Endpoint, open_bus
 from openamp_py.rpmsg.bus import open_rings
 from openamp_py.rpmsg.polling import DEFAULT_POLLING
@@ -338,7 +338,7 @@ class CContender:
     """A yardstick on the host's end of the link."""
 
     def __init__(self, yardstick: Yardstick, processor: RemoteProcessor) -> None:
-        self.core = processor.core
+        self.core: Link | None = processor.core
         self._yardstick = yardstick
         self._processor = processor
 

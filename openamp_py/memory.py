@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import fcntl
 import itertools
 import mmap
@@ -65,6 +66,22 @@ class MemoryMap:
                 return region.view[offset : offset + size]
         return None
 
+    def find_name(self, name: str) -> Region | None:
+        """The first region of that name, or None."""
+        return next((region for region in self.regions if region.name == name), None)
+
+    def find_view(self, view: memoryview) -> tuple[Region, int] | None:
+        """The region in which a piece of its memory lies, and where in it; or None.
+
+        What a virtual address is to C: the piece is any view of a region's bytes.
+        """
+        for region in self.regions:
+            if view.obj is region.view.obj and view.nbytes:
+                offset = _address(view) - _address(region.view)
+                if offset >= 0 and offset + view.nbytes <= region.size:
+                    return region, offset
+        return None
+
     def pa_of(self, da: int) -> int:
         """The physical address of a device address that lies in a region."""
         for region in self.regions:
@@ -105,6 +122,11 @@ class Arena:
                 self.reserve(da, size)
                 return da
         return None
+
+
+def _address(view: memoryview) -> int:
+    """Where a writable view's bytes are in this process."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 def _align_up(value: int, align: int) -> int:

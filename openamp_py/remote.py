@@ -10,7 +10,7 @@ import trio
 
 from openamp_py.background import open_background, plain_errors
 from openamp_py.constants import VIRTIO_ID_RPMSG
-from openamp_py.errors import OpenAMPError, PeerError, PeerGoneError, ResourceTableError
+from openamp_py.errors import OpenAMPError, PeerGoneError, ResourceTableError
 from openamp_py.remoteproc import Link, Resources, open_resources
 from openamp_py.rpmsg import Bus, BusOptions, open_bus
 from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
@@ -28,7 +28,8 @@ async def serve_remote(
 
     Each time the driver of a device comes up, `application` runs with a new bus to it. When the
     driver resets the device the application is cancelled, and begins again with the next life. One
-    that returns by itself is done, and its device is not served any more.
+    that returns by itself is done, and its device is not served any more: an endpoint that is to
+    stay when the host withdraws its own is opened with `rebind`.
 
     Returns when all are done, or the other side left.
 
@@ -56,6 +57,8 @@ async def serve_remote(
                     f"the resource table has {len(resources.devices)} vdev entries, "
                     f"none with id {VIRTIO_ID_RPMSG} (RPMsg)"
                 )
+    if resources.failure is not None and not isinstance(resources.failure, PeerGoneError):
+        raise resources.failure
 
 
 async def _serve_device(
@@ -65,28 +68,28 @@ async def _serve_device(
     while True:
         try:
             device = await resources.wait_driver(index)
-        except PeerGoneError:
+        except OpenAMPError:
+            if resources.failure is None:
+                raise
             return
         up = False
         try:
             async with open_bus(device, options) as bus:
                 up = True
                 failure = await _run_life(bus, application)
-        except trio.BrokenResourceError as error:
-            if up:
+                if failure is not None and failure is not resources.failure:
+                    _check_reset(bus)
+        except trio.BrokenResourceError:
+            if up or resources.failure is None:
                 raise
-            failure = _check_gone(error)  # the link ended before there was a bus
+            failure = resources.failure
         if failure is None:
             return
         _logger.info("%s", failure)
 
 
 async def _run_life(bus: Bus, application: BusApplication) -> OpenAMPError | None:
-    """Runs the application until it is done or the link fails. Returns why that failed.
-
-    Raises:
-        trio.BrokenResourceError: it failed otherwise than by the other side leaving.
-    """
+    """Runs the application until it is done or the bus fails. Returns why that failed."""
     async with open_background() as nursery:
 
         async def watch() -> None:
@@ -106,16 +109,10 @@ async def _run_life(bus: Bus, application: BusApplication) -> OpenAMPError | Non
                 raise
             if rest is not None:
                 raise rest from None
-    if bus.failure is None:
-        return None
-    return _check_gone(bus.broken("bus"))
+    return bus.failure
 
 
-def _check_gone(error: trio.BrokenResourceError) -> OpenAMPError:
-    """Returns the cause where that is the other side's leaving, and raises where it is not."""
-    cause = error.__cause__
-    if isinstance(cause, PeerGoneError):
-        return cause
-    if isinstance(cause, OpenAMPError) and not isinstance(cause, PeerError):
-        raise cause
-    raise error
+def _check_reset(bus: Bus) -> None:
+    """Raises trio.BrokenResourceError where a bus did not fail by a reset."""
+    if not isinstance(bus.failure, PeerGoneError):
+        raise bus.broken("bus")

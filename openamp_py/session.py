@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 
+from openamp_py.constants import ECHO_CHANNEL
 from openamp_py.echo import serve_echo
-from openamp_py.errors import OpenAMPError, PeerGoneError, StateError
+from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError, StateError
 from openamp_py.platforms import (
     LoopbackPlatform,
     NativePlatform,
@@ -27,11 +28,23 @@ from openamp_py.remoteproc import (
     open_processor,
     open_resources,
 )
-from openamp_py.remoteproc.processor import Image
-from openamp_py.rpmsg import Bus, BusOptions, Endpoint, open_bus
+from openamp_py.remoteproc.crash import NO_POLICY, CrashPolicy
+from openamp_py.remoteproc.sources import Image
+from openamp_py.remoteproc.subdevices import Subdevice
+from openamp_py.rpmsg import (
+    Bus,
+    BusOptions,
+    Endpoint,
+    Handover,
+    decode_handover_untrusted,
+    encode_handover,
+    open_bus,
+)
 from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
+from openamp_py.rpmsg.handover import NOTHING
 from openamp_py.rpmsg.wire import SHUTDOWN_REQUEST
 from openamp_py.virtio import Role
+from openamp_py.watchdog import Watchdog, open_heartbeat
 
 CORES = ("native", "loopback", "process")
 """Names of the cores that a session can boot; anything else is a link's URL."""
@@ -50,19 +63,38 @@ class Shutdown:
         return "graceful" if self.graceful else "hard"
 
 
+class _BusSubdevice(Subdevice):
+    """Lets a bus go on with each start of its processor, before that counts as running."""
+
+    def __init__(self, bus: Bus, processor: RemoteProcessor) -> None:
+        self._bus = bus
+        self._processor = processor
+
+    async def start(self) -> None:
+        """The core is up again."""
+        core = self._processor.core
+        try:
+            await self._bus.restart(
+                self._processor.rpmsg_device(), _decode_note(core.note if core else b"")
+            )
+        except trio.BrokenResourceError as error:
+            raise error.__cause__ or PeerGoneError(str(error)) from None
+        except trio.ClosedResourceError:
+            pass  # nobody wants it any more
+
+
 @dataclass(frozen=True, slots=True)
 class Session:
     """A remote and the bus to it. Made by `open_session`, which ends it.
 
     Args:
         bus: the RPMsg bus, this side being the host.
-        processor: the remote, where it was booted here; None for a peer that ran already.
-        image: what was booted.
+        processor: the remote, where it was booted or attached here; None for a peer that runs by
+            itself.
     """
 
     bus: Bus
     processor: RemoteProcessor | None
-    image: Image | None = None
 
     async def shutdown(self, endpoint: Endpoint, *, grace: float) -> Shutdown:
         """Asks the remote to leave, waits for it, and shuts the processor down.
@@ -91,7 +123,7 @@ class Session:
         finally:
             if self.processor is not None:
                 with trio.CancelScope(shield=True):
-                    await self.processor.shutdown()
+                    await self.processor.shutdown(force=True)
         return Shutdown(reason is None, reason)
 
     async def restart(self, image: Image | None = None) -> None:
@@ -107,20 +139,59 @@ class Session:
             StateError: the peer was not booted here.
             FirmwareError: the image cannot be used, or its table describes no RPMsg device.
             PlatformError: the core cannot be started.
-            trio.BrokenResourceError: the remote was gone before the bus was up.
+            PeerGoneError: the remote was gone before the bus was up.
 
-        Cancellation: the remote may run or not; it can be restarted again.
+        Cancellation: the remote does not run; it can be restarted again.
         """
-        processor = self.processor
-        if processor is None:
-            raise StateError("the peer was not booted here, so it cannot be restarted")
+        processor = self._own_processor("restarted")
         if processor.state is not ProcessorState.OFFLINE:
-            await processor.shutdown()
-        if image is None:
-            assert self.image is not None, "it was booted here"
-            image = self.image
+            await processor.shutdown(force=True)
         await processor.boot(image)
-        await self.bus.restart(processor.rpmsg_device())
+
+    async def wait_up(self) -> None:
+        """Waits until the remote executes and the bus works: also through a recovery.
+
+        Raises:
+            OpenAMPError: why it is not coming back.
+            StateError: the peer was not booted here.
+        """
+        await self._own_processor("waited for").wait_up()
+
+    async def detach(self) -> int:
+        """Lets go of the remote and leaves it running: the next one opens a session to attach.
+
+        The bus is broken then. Messages that wait in the rings are the next host's.
+
+        Returns:
+            How many messages were taken from the rings and not received: they are lost.
+
+        Raises:
+            PlatformError: the core cannot be left running; nothing has changed.
+            StateError: the peer was not booted here, or does not run.
+        """
+        processor = self._own_processor("left")
+        return await processor.detach(encode_handover(self.bus.handover))
+
+    async def attach(self) -> None:
+        """Takes the remote over again that `detach` left, and the bus goes on.
+
+        Raises:
+            PlatformError: it is not there any more, or another host has it.
+            StateError: it was not left here.
+        """
+        await self._own_processor("attached").attach()
+
+    def open_heartbeat(
+        self, service: str = ECHO_CHANNEL, *, silence: float, beat: bytes = b"beat"
+    ) -> AbstractAsyncContextManager[Watchdog]:
+        """Reports the remote as crashed when a service does not answer: see `open_heartbeat`."""
+        processor = self._own_processor("watched")
+        return open_heartbeat(processor, self.bus, service, silence, beat=beat)
+
+    def _own_processor(self, what: str) -> RemoteProcessor:
+        if self.processor is None:
+            raise StateError(f"the peer was not booted here, so it cannot be {what}")
+        return self.processor
 
     async def _ask_to_leave(self, endpoint: Endpoint) -> str | None:
         """Returns why it was not graceful, or None."""
@@ -164,8 +235,13 @@ async def open_session(
     image: Image | None = None,
     *,
     options: BusOptions = DEFAULT_OPTIONS,
+    policy: CrashPolicy = NO_POLICY,
+    attach: bool = False,
 ) -> AsyncIterator[Session]:
     """Boots a remote and opens the bus to it, for an `async with` block; ends both after it.
+
+    With a policy that recovers a crashed core, the bus goes on over the new one before the
+    processor counts as running again; `Session.wait_up` waits for it.
 
     Args:
         core: "native", "process" or "loopback" (the last two play the echo service in
@@ -173,6 +249,9 @@ async def open_session(
             (``shm:PATH?doorbell=unix:PATH[&listen=1]``).
         image: firmware to boot; by default what the core ships: the echo service.
         options: how the bus works the link.
+        policy: what happens when the core crashes.
+        attach: take over a core that was left running (see `Session.detach`), instead of
+            booting one; its devices, their messages and its services are as they were.
 
     Raises:
         ValueError: the core's name, or the URL.
@@ -189,15 +268,24 @@ async def open_session(
             ):
                 yield Session(bus, None)
         return
-    async with open_processor(
-        _create_platform(core) if isinstance(core, str) else core
-    ) as processor:
-        if image is None:
-            native = isinstance(processor.platform, NativePlatform)
-            image = shipped_echo() if native else python_firmware()
-        await processor.boot(image)
-        async with open_bus(processor.rpmsg_device(), options) as bus:
-            yield Session(bus, processor, image)
+    platform = create_platform(core) if isinstance(core, str) else core
+    async with open_processor(platform, policy=policy) as processor:
+        handover = NOTHING
+        if attach:
+            if image is not None:
+                raise ValueError("a core that runs already takes no firmware")
+            await processor.attach()
+            assert processor.core is not None
+            handover = _decode_note(processor.core.note)
+        else:
+            await processor.boot(shipped_image(platform) if image is None else image)
+        async with open_bus(processor.rpmsg_device(), options, handover) as bus:
+            subdevice = _BusSubdevice(bus, processor)
+            processor.add_subdevice(subdevice)
+            try:
+                yield Session(bus, processor)
+            finally:
+                processor.remove_subdevice(subdevice)
 
 
 def check_core(core: str, image: Image | None) -> None:
@@ -218,7 +306,21 @@ def _parse_address(core: str, image: Image | None) -> ShmAddress:
     return ShmAddress.parse(core)
 
 
-def _create_platform(core: str) -> Platform:
+def _decode_note(note: bytes) -> Handover:
+    """What the host before knew of the other side; one that says nothing knew nothing."""
+    try:
+        return decode_handover_untrusted(note)
+    except ValueError as error:
+        raise PlatformError(f"what the host before left cannot be used: {error}") from None
+
+
+def shipped_image(platform: Platform) -> Image:
+    """What a platform runs where nothing else is asked for: the echo service."""
+    return shipped_echo() if isinstance(platform, NativePlatform) else python_firmware()
+
+
+def create_platform(core: str) -> Platform:
+    """The platform that a core's name means."""
     if core == "native":
         return NativePlatform()
     return ProcessPlatform() if core == "process" else LoopbackPlatform(serve_echo)

@@ -29,6 +29,7 @@ FLOORS = {
     "remoteproc.resource_table": 3,
     "remoteproc.coredump": 3,
     "remoteproc.trace": 3,
+    "remoteproc.crash": 3,
     "remoteproc.lifecycle": 3,
     "remoteproc.plan": 3,
     "firmware": 3,
@@ -39,7 +40,10 @@ FLOORS = {
     "echo": 4,
     "remote": 4,
     "bench": 4,
+    "porting": 0,
+    "registry": 4,
     "session": 4,
+    "watchdog": 4,
     "cli": 5,
     "__main__": 5,
 }

@@ -12,6 +12,7 @@ from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError
 from openamp_py.memory import MemoryMap
 from openamp_py.remoteproc.coredump import DumpSegment
 from openamp_py.remoteproc.elf import Firmware
+from openamp_py.remoteproc.plan import LoadPlan, Translate
 from openamp_py.remoteproc.resource_table import Vendor
 from openamp_py.virtio import Handshake
 
@@ -147,6 +148,27 @@ class Platform(abc.ABC):
 
     async def unprepare(self) -> None:
         """After a shutdown, the opposite of `prepare`. Also where `prepare` was cancelled."""
+
+    def decode(self, data: bytes) -> Firmware | None:
+        """An image of a form that only this platform knows; None leaves it to the loaders.
+
+        Raises:
+            ImageError: it is of that form, and cannot be used.
+        """
+        return None
+
+    async def load(self, plan: LoadPlan, translate: Translate) -> None:
+        """Puts an image where the core finds it: piece by piece, so that other tasks run.
+
+        Args:
+            plan: what goes where.
+            translate: the memory at a device address.
+        """
+        for da, data in plan.chunks():
+            target = translate(da, len(data))
+            assert target is not None, "plan_load found it"
+            target[:] = data
+            await trio.lowlevel.checkpoint()
 
     def find_table(self, firmware: Firmware) -> int | None:
         """Device address at which the loaded image has its table; None where it has none."""

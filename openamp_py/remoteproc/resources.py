@@ -10,7 +10,7 @@ import trio
 
 from openamp_py.background import open_background
 from openamp_py.constants import VIRTIO_ID_RPMSG
-from openamp_py.errors import OpenAMPError, ResourceTableError, StateError
+from openamp_py.errors import OpenAMPError, PeerGoneError, ResourceTableError, StateError
 from openamp_py.memory import Arena, MemoryMap
 from openamp_py.remoteproc import resource_table as rt
 from openamp_py.remoteproc.platform import Link, run_link
@@ -68,6 +68,7 @@ class Resources:
     Attributes:
         table: the table as it was when the latest device was made.
         devices: in the order of the table.
+        failure: what ended the link; None while it is up.
 
     Args:
         adopt: a driver takes over what another one has up, instead of resetting it.
@@ -89,14 +90,16 @@ class Resources:
         self._link = link
         self._role = role
         self._adopt = adopt
-        self._failure: OpenAMPError | None = None
+        self.failure: OpenAMPError | None = None
         memory = link.memory
         if link.table_da is None:
             raise ResourceTableError(f"{link.name}: there is no resource table")
         view = table_view(memory, link.table_da)
         # Copied once: what is checked is what is used, whatever the peer writes meanwhile.
         self.table = rt.decode_table_untrusted(bytes(view))
-        areas = carveouts or {c.name: (c.da, c.length) for c in self.table.carveouts}
+        areas = carveouts
+        if areas is None:
+            areas = {c.name: (c.da, c.length) for c in self.table.carveouts}
         if arena is None:
             arena = _arena_of(self.table, memory, link.table_da)
         self.devices: tuple[VirtioDevice, ...] = ()
@@ -172,13 +175,13 @@ class Resources:
         await trio.lowlevel.checkpoint()
         device.on_notify = device.on_failure = wake
         try:
-            while not device.poll_driver():
-                if device.failure is not None:
-                    raise device.failure.with_traceback(None)
+            while device.failure is None and not device.poll_driver():
                 with trio.move_on_after(_STATUS_RECHECK):
                     await lot.park()
         finally:
             device.on_notify = device.on_failure = None
+        if device.failure is not None:
+            raise device.failure.with_traceback(None)
         return self.renew(index)
 
     def renew(self, index: int) -> VirtioDevice:
@@ -209,16 +212,47 @@ class Resources:
         self.table = table
         self.devices = (*self.devices[:index], device, *self.devices[index + 1 :])
         old.close()
-        if self._failure is not None:
-            device.fail(self._failure)
+        if self.failure is not None:
+            device.fail(self.failure)
         return device
 
-    def _device_of(self, index: int) -> VirtioDevice:
-        if self._role is not Role.DEVICE:
-            raise ValueError(f"{self._link.name}: only the {Role.DEVICE.value} role does this")
+    def _device_of(self, index: int, role: Role = Role.DEVICE) -> VirtioDevice:
+        if self._role is not role:
+            raise ValueError(f"{self._link.name}: only the {role.value} role does this")
         if not 0 <= index < len(self.devices):
             raise ValueError(f"{self._link.name}: no device {index}; there are {len(self.devices)}")
         return self.devices[index]
+
+    def create(self, index: int) -> VirtioDevice:
+        """Driver: makes a device anew, in place of one that was removed.
+
+        Raises:
+            ValueError: this side is not the driver, or there is no such device.
+            StateError: the device was not removed.
+        """
+        old = self._device_of(index, Role.DRIVER)
+        if not old.closed:
+            raise StateError(f"{old.name} is there already; remove it first")
+        assert self._link.table_da is not None, "decoded before"
+        view = table_view(self._link.memory, self._link.table_da)
+        device = self._create_device(view, index, self.table.vdevs[index], old.buffers)
+        self.devices = (*self.devices[:index], device, *self.devices[index + 1 :])
+        if self.failure is not None:
+            device.fail(self.failure)
+        return device
+
+    def remove(self, device: VirtioDevice) -> None:
+        """Driver: resets a device and lets go of it; its users are told. Idempotent.
+
+        Raises:
+            ValueError: this side is not the driver, or it is not one of these devices.
+        """
+        if device not in self.devices:
+            raise ValueError(f"{self._link.name}: {device.name} is not one of its devices")
+        self._device_of(device.index, Role.DRIVER)
+        device.fail(PeerGoneError(f"{device.name} was removed"))
+        device.end()
+        device.close()
 
     def detach(self) -> int:
         """Driver: leaves every device up, for another host to take over. See `VirtioDevice.detach`.
@@ -235,7 +269,7 @@ class Resources:
 
     def fail(self, cause: OpenAMPError) -> None:
         """The other side is gone: the users of every device are told."""
-        self._failure = self._failure or cause
+        self.failure = self.failure or cause
         for device in self.devices:
             device.fail(cause)
 
@@ -261,7 +295,7 @@ def table_view(memory: MemoryMap, da: int) -> memoryview:
 def _arena_of(table: rt.ResourceTable, memory: MemoryMap, table_da: int) -> Arena:
     """What of the memory is taken on a link that was not loaded by us."""
     arena = Arena(memory)
-    arena.reserve(table_da, table.length)
+    arena.reserve(table_da, table.end)
     for carveout in table.carveouts:
         arena.reserve(carveout.da, carveout.length)
     for vdev in table.vdevs:

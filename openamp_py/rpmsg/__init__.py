@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from openamp_py.rpmsg.bus import Bus, BusOptions, open_bus
 from openamp_py.rpmsg.endpoint import Endpoint, WhenFull
+from openamp_py.rpmsg.handover import (
+    Handover,
+    decode_handover_untrusted,
+    encode_handover,
+)
 from openamp_py.rpmsg.in_place import HeldMessage, Reservation
 from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops, EndpointStatistics
 from openamp_py.rpmsg.watch import ServiceWatch
@@ -20,10 +25,13 @@ __all__ = [
     "Drops",
     "Endpoint",
     "EndpointStatistics",
+    "Handover",
     "HeldMessage",
     "Message",
     "Reservation",
     "ServiceWatch",
     "WhenFull",
+    "decode_handover_untrusted",
+    "encode_handover",
     "open_bus",
 ]

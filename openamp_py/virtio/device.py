@@ -132,6 +132,11 @@ class VirtioDevice:
         return f"vdev{self.index}"
 
     @property
+    def closed(self) -> bool:
+        """Whether it has let go of the shared memory."""
+        return self._closed
+
+    @property
     def status(self) -> int:
         """The status byte as it stands in memory."""
         return 0 if self._closed else self._status.load()

@@ -48,7 +48,7 @@ async def _send_and_break(order: bytes) -> BaseException | None:
             with pytest.raises(trio.BrokenResourceError) as caught:
                 await endpoint.receive()
             assert session.processor is not None
-            assert session.processor.state is ProcessorState.STOPPED
+            assert session.processor.state is ProcessorState.CRASHED
             assert session.processor.failure is caught.value.__cause__
             return caught.value.__cause__
 

@@ -7,17 +7,28 @@ import itertools
 import pytest
 
 from openamp_py import StateError
-from openamp_py.remoteproc.lifecycle import Call, ProcessorState, next_state
+from openamp_py.remoteproc.lifecycle import (
+    Call,
+    Happening,
+    ProcessorState,
+    Trigger,
+    format_table,
+    next_state,
+)
 
-# Written down a second time, from openamp-c.md section 10: rows are states, columns calls.
+# Written down a second time: what OpenAMP's C answers (openamp-c.md section 10), and Linux.
 EXPECTED = """
-            configure   load   start    stop     shutdown
-offline     configured  -      -        offline  offline
-configured  -           ready  -        stopped  offline
-ready       -           ready  running  stopped  offline
-running     -           -      -        stopped  offline
-stopped     -           -      -        stopped  offline
-"""
+            configure   load   start    suspend    resume   recover  attach    detach    stop     shutdown  exits    crashes
+offline     configured  -      -        -          -        -        attached  -         offline  offline   -        -
+configured  -           ready  -        -          -        -        -         -         stopped  offline   -        -
+ready       -           ready  running  -          -        -        -         -         stopped  offline   -        -
+running     -           -      -        suspended  -        -        -         detached  stopped  offline   stopped  crashed
+suspended   -           -      -        -          running  -        -         -         stopped  offline   stopped  crashed
+crashed     -           -      -        -          -        running  -         -         stopped  offline   -        -
+stopped     -           -      -        -          -        -        -         -         stopped  offline   -        -
+attached    -           -      -        suspended  -        -        -         detached  stopped  offline   stopped  crashed
+detached    -           -      -        -          -        -        attached  -         -        offline   -        -
+"""  # noqa: E501
 
 
 def _expected() -> dict[tuple[str, str], str]:
@@ -29,11 +40,18 @@ def _expected() -> dict[tuple[str, str], str]:
     }
 
 
-@pytest.mark.parametrize(("state", "call"), list(itertools.product(ProcessorState, Call)))
-def test_every_state_and_call(state: ProcessorState, call: Call) -> None:
+@pytest.mark.parametrize(
+    ("state", "call"), list(itertools.product(ProcessorState, [*Call, *Happening]))
+)
+def test_every_state_and_call(state: ProcessorState, call: Trigger) -> None:
     expected = _expected()[state.value, call.value]
     if expected == "-":
         with pytest.raises(StateError, match=f"cannot {call.value} .* {state.value}; it must be"):
             next_state(state, call)
     else:
         assert next_state(state, call).value == expected
+
+
+def test_the_printed_table_is_the_one_in_the_code() -> None:
+    printed = [line.split() for line in format_table().splitlines()]
+    assert printed == [line.split() for line in EXPECTED.strip().splitlines()]

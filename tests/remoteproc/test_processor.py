@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,9 +15,7 @@ from openamp_py import (
     Core,
     CoreCrashedError,
     Firmware,
-    Handshake,
     ImageError,
-    OpenAMPError,
     PeerGoneError,
     Platform,
     PlatformError,
@@ -26,15 +24,36 @@ from openamp_py import (
     ResourceTable,
     ResourceTableError,
     StateError,
+    encode_table,
     open_bus,
     open_processor,
 )
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
 from openamp_py.platforms.demo import python_firmware
+from openamp_py.remoteproc.coredump import DumpSegment
 from openamp_py.remoteproc.elf import Segment
-from openamp_py.remoteproc.lifecycle import TRANSITIONS, Call
-from openamp_py.remoteproc.resource_table import Carveout, Unknown, Vdev, Vring
+from openamp_py.remoteproc.lifecycle import TRANSITIONS, Call, Happening, next_state
+from openamp_py.remoteproc.resource_table import Carveout, Unknown, Vdev, Vendor, Vring
+
+
+class Script:
+    """What the platform's operations do: raise, or wait until they are cancelled or let go on."""
+
+    def __init__(self) -> None:
+        self.errors: dict[str, Exception] = {}
+        self.hangs: dict[str, trio.Event] = {}
+        self.done: list[str] = []
+
+    def do(self, operation: str) -> None:
+        if operation in self.errors:
+            raise self.errors[operation]
+        self.done.append(operation)
+
+    async def wait(self, operation: str) -> None:
+        if operation in self.hangs:
+            await self.hangs[operation].wait()
+        self.do(operation)
 
 
 class FakePlatform(Platform):
@@ -46,19 +65,54 @@ class FakePlatform(Platform):
     def __init__(self) -> None:
         self._shared = SharedMemory.create("openamp-fake", demo.MEMORY_SIZE)
         self.memory = MemoryMap([self._shared.region("shm", 0)])
+        self.script = Script()
         self.kicks: list[int] = []
-        self.start_error: OpenAMPError | None = None
-        self.power: trio.Event | None = None
         self.end: trio.Event | None = None
         self.end_error: Exception | None = None
         self.closed = False
+        self.panicked = False
 
     def check(self, firmware: Firmware) -> None:
         if firmware.machine:
             raise ImageError("the fake runs nothing")
+        self.script.do("check")
+
+    async def prepare(self) -> None:
+        await self.script.wait("prepare")
+
+    async def unprepare(self) -> None:
+        await self.script.wait("unprepare")
+
+    def find_table(self, firmware: Firmware) -> int | None:
+        self.script.do("find_table")
+        return super().find_table(firmware)
+
+    def boot_address(self, firmware: Firmware) -> int:
+        self.script.do("boot_address")
+        return super().boot_address(firmware)
+
+    def handle_vendor(self, entry: Vendor) -> bool:
+        self.script.do("handle_vendor")
+        return entry.type == 200
 
     def create_core(self, firmware: Firmware) -> Core:
+        self.script.do("create_core")
         return FakeCore(self)
+
+    def attach_core(self) -> Core:
+        self.script.do("attach_core")
+        core = FakeCore(self)
+        core.note = b"from the host before"
+        table = encode_table(demo.TABLE)
+        self.memory.regions[0].view[: len(table)] = table
+        return core
+
+    async def dump_segments(self) -> Sequence[DumpSegment]:
+        await self.script.wait("dump_segments")
+        return [DumpSegment(0xF000_0000, b"registers")]
+
+    def panic(self) -> None:
+        self.panicked = True
 
     def close(self) -> None:
         self.closed = True
@@ -71,11 +125,11 @@ class FakeCore(Core):
     name = "fake core"
     buffer_area: tuple[int, int] | None = demo.buffer_area()
     table_da: int | None = demo.TABLE_DA
-    handshake = Handshake.FULL
 
     def __init__(self, platform: FakePlatform) -> None:
         self.memory = platform.memory
         self._platform = platform
+        self._script = platform.script
 
     def kick(self, notify_id: int) -> None:
         self._platform.kicks.append(notify_id)
@@ -86,36 +140,64 @@ class FakeCore(Core):
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        if self._platform.start_error is not None:
-            raise self._platform.start_error
-        if self._platform.power is not None:
-            await self._platform.power.wait()
-        self._platform.end = trio.Event()
+        await self._script.wait("run")
+        end = self._platform.end = trio.Event()
         task_status.started()
-        await self._platform.end.wait()
+        await end.wait()
         if self._platform.end_error is not None:
             raise self._platform.end_error
 
+    def interrupt(self) -> None:
+        self._script.do("interrupt")
 
-CALLS: dict[Call, Callable[[RemoteProcessor], Awaitable[None]]] = {
+    async def suspend(self) -> None:
+        await self._script.wait("suspend")
+
+    async def resume(self) -> None:
+        await self._script.wait("resume")
+
+    async def detach(self, note: bytes) -> None:
+        await self._script.wait("detach")
+
+
+CALLS: dict[Call, Callable[[RemoteProcessor], Awaitable[object]]] = {
     Call.CONFIGURE: lambda p: p.configure(),
     Call.LOAD: lambda p: p.load(python_firmware()),
     Call.START: lambda p: p.start(),
+    Call.SUSPEND: lambda p: p.suspend(),
+    Call.RESUME: lambda p: p.resume(),
+    Call.RECOVER: lambda p: p.recover(),
+    Call.ATTACH: lambda p: p.attach(),
+    Call.DETACH: lambda p: p.detach(),
     Call.STOP: lambda p: p.stop(),
     Call.SHUTDOWN: lambda p: p.shutdown(),
 }
 
-PATHS = {
+_BOOT = (Call.CONFIGURE, Call.LOAD, Call.START)
+PATHS: dict[ProcessorState, tuple[Call | Happening, ...]] = {
     ProcessorState.OFFLINE: (),
     ProcessorState.CONFIGURED: (Call.CONFIGURE,),
     ProcessorState.READY: (Call.CONFIGURE, Call.LOAD),
-    ProcessorState.RUNNING: (Call.CONFIGURE, Call.LOAD, Call.START),
-    ProcessorState.STOPPED: (Call.CONFIGURE, Call.LOAD, Call.START, Call.STOP),
+    ProcessorState.RUNNING: _BOOT,
+    ProcessorState.SUSPENDED: (*_BOOT, Call.SUSPEND),
+    ProcessorState.CRASHED: (*_BOOT, Happening.CRASH),
+    ProcessorState.STOPPED: (*_BOOT, Call.STOP),
+    ProcessorState.ATTACHED: (Call.ATTACH,),
+    ProcessorState.DETACHED: (Call.ATTACH, Call.DETACH),
 }
 
 
-async def _do(processor: RemoteProcessor, call: Call) -> None:
-    await CALLS[call](processor)
+async def _do(processor: RemoteProcessor, step: Call | Happening) -> None:
+    if isinstance(step, Call):
+        await CALLS[step](processor)
+        return
+    platform = processor.platform
+    assert isinstance(platform, FakePlatform) and platform.end is not None
+    crash = CoreCrashedError("the core died of SIGSEGV")
+    platform.end_error = crash if step is Happening.CRASH else None
+    platform.end.set()
+    await processor.wait_state(next_state(processor.state, step))
+    platform.end_error = None
 
 
 @asynccontextmanager
@@ -131,13 +213,15 @@ async def _processor(
     assert platform.closed
 
 
-@pytest.mark.parametrize(("state", "call"), list(itertools.product(ProcessorState, Call)))
-async def test_every_state_and_call(state: ProcessorState, call: Call) -> None:
+@pytest.mark.parametrize(
+    ("state", "call"), list(itertools.product(ProcessorState, [*Call, *Happening]))
+)
+async def test_every_state_and_call(state: ProcessorState, call: Call | Happening) -> None:
     async with _processor(state) as (processor, _):
         if (state, call) in TRANSITIONS:
             await _do(processor, call)
             assert processor.state is TRANSITIONS[state, call]
-        else:
+        elif isinstance(call, Call):
             before = (processor.firmware, processor.devices)
             with pytest.raises(StateError):
                 await _do(processor, call)
@@ -185,18 +269,18 @@ async def test_a_bad_image_leaves_the_loaded_one_in_place() -> None:
 
 async def test_a_core_that_does_not_start_leaves_it_ready() -> None:
     async with _processor(ProcessorState.READY) as (processor, platform):
-        platform.start_error = PlatformError("no power")
+        platform.script.errors["run"] = PlatformError("no power")
         with pytest.raises(PlatformError, match="no power"):
             await processor.start()
         assert processor.state is ProcessorState.READY and processor.devices == ()
-        platform.start_error = None
+        platform.script.errors.clear()
         await processor.start()
         assert len(processor.devices) == 1
 
 
 async def test_a_boot_that_fails_ends_offline() -> None:
     async with _processor() as (processor, platform):
-        platform.start_error = PlatformError("no power")
+        platform.script.errors["run"] = PlatformError("no power")
         with pytest.raises(PlatformError):
             await processor.boot(python_firmware())
         assert processor.state is ProcessorState.OFFLINE
@@ -227,7 +311,7 @@ async def test_a_crash_is_raised_by_wait_exit_and_is_the_cause_of_broken_channel
         assert caught.value.__cause__ is platform.end_error
         with pytest.raises(CoreCrashedError):
             await processor.wait_exit()
-        assert processor.state is ProcessorState.STOPPED
+        assert processor.state is ProcessorState.CRASHED
 
 
 async def test_stop_wakes_those_who_wait() -> None:
@@ -250,24 +334,24 @@ async def test_stop_wakes_those_who_wait() -> None:
 
 async def test_one_call_at_a_time() -> None:
     async with _processor(ProcessorState.READY) as (processor, platform):
-        platform.power = trio.Event()
+        platform.script.hangs["run"] = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(processor.start)
             await trio.testing.wait_all_tasks_blocked()
             with pytest.raises(StateError, match="cannot shutdown while start is under way"):
                 await processor.shutdown()
-            platform.power.set()
+            platform.script.hangs["run"].set()
         assert processor.state is ProcessorState.RUNNING
 
 
 async def test_a_start_that_hangs_can_be_cancelled() -> None:
     async with _processor(ProcessorState.READY) as (processor, platform):
-        platform.power = trio.Event()
+        platform.script.hangs["run"] = trio.Event()
         with trio.move_on_after(0.05) as scope:
             await processor.start()
         assert scope.cancelled_caught
         assert processor.state is ProcessorState.READY and processor.devices == ()
-        platform.power.set()
+        platform.script.hangs["run"].set()
         await processor.start()
 
 
@@ -312,7 +396,7 @@ async def test_a_platform_that_fails_in_its_own_way_is_a_platform_error() -> Non
         platform.end.set()
         with pytest.raises(PlatformError, match="fake core failed: ZeroDivisionError"):
             await processor.wait_exit()
-        assert processor.state is ProcessorState.STOPPED
+        assert processor.state is ProcessorState.CRASHED
         assert processor.failure is not None
         assert isinstance(processor.failure.__cause__, ZeroDivisionError)
         assert device.failure is processor.failure
@@ -329,7 +413,7 @@ async def test_a_processor_is_of_no_use_after_its_block() -> None:
 
 async def test_leaving_the_block_during_a_call_does_not_hide_why() -> None:
     platform = FakePlatform()
-    platform.power = trio.Event()
+    platform.script.hangs["run"] = trio.Event()
     async with trio.open_nursery() as nursery:
 
         async def start(processor: RemoteProcessor) -> None:

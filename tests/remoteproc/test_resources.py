@@ -85,14 +85,14 @@ async def test_vrings_are_where_the_table_says_when_the_driver_is_up(
 
                         async def serve() -> None:
                             device = await remote.wait_driver(0)
-                            async with open_bus(device) as bus, bus.open_endpoint(address=7) as own:
+                            async with open_bus(device) as bus, bus.open_endpoint("echo") as own:
                                 message = await own.receive()
                                 await own.send(message.payload)
 
                         nursery.start_soon(serve)
                         async with (
                             open_bus(host.devices[0]) as bus,
-                            bus.open_endpoint(destination=7) as endpoint,
+                            bus.open_endpoint("echo") as endpoint,
                         ):
                             await endpoint.send(b"x")
                             assert (await endpoint.receive()).payload == b"x"

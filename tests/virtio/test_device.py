@@ -14,7 +14,13 @@ from openamp_py.constants import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
-from openamp_py.errors import PeerGoneError, StateError
+from openamp_py.errors import (
+    DetachedError,
+    OpenAMPError,
+    PeerGoneError,
+    ResourceTableError,
+    StateError,
+)
 from openamp_py.memory import MemoryMap, Region, SharedMemory
 from openamp_py.virtio import Handshake, Role, SharedU8, SharedU32, VirtioDevice, Vring
 from openamp_py.virtio.device import TRANSPORT_FEATURES
@@ -372,3 +378,66 @@ def test_shared_words() -> None:
                 shared.load()
             with pytest.raises(TypeError):
                 shared.store(1)
+
+
+# Taking over and leaving
+
+
+def test_a_device_that_is_up_is_taken_over_as_it_is() -> None:
+    with bench(offered=RPMSG_F_NS | VIRTIO_RING_F_EVENT_IDX) as b:
+        b.view[STATUS_AT] = 0xF
+        struct.pack_into("<I", b.view, ACCEPTED_AT, RPMSG_F_NS)
+        b.driver.adopt = True
+        assert b.driver.begin(RPMSG_F_NS) == b.driver.features == RPMSG_F_NS
+        assert b.driver.is_adopted and b.log == []
+        b.driver.set_driver_ok()
+        assert b.log == [("kick", 7), ("kick", 9), ("kick", DEVICE_NOTIFY)]
+        with pytest.raises(StateError):
+            b.driver.begin(RPMSG_F_NS)
+
+
+@pytest.mark.parametrize("status", [0, 0xB, 0xF | NEEDS_RESET, 0xF | FAILED])
+def test_one_that_is_not_up_is_begun(status: int) -> None:
+    with bench() as b:
+        b.view[STATUS_AT] = status
+        b.driver.adopt = True
+        b.driver.begin(RPMSG_F_NS)
+        b.driver.set_driver_ok()
+        assert not b.driver.is_adopted and b.driver.status == 0xF
+
+
+@pytest.mark.parametrize("accepted", [RPMSG_F_NS | UNKNOWN_FEATURE, VIRTIO_RING_F_EVENT_IDX])
+def test_features_that_cannot_have_been_accepted(accepted: int) -> None:
+    with bench(offered=RPMSG_F_NS | UNKNOWN_FEATURE) as b:
+        b.view[STATUS_AT] = 0xF
+        struct.pack_into("<I", b.view, ACCEPTED_AT, accepted)
+        b.driver.adopt = True
+        with pytest.raises(ResourceTableError, match="vdev2 cannot be taken over: the features"):
+            b.driver.begin(RPMSG_F_NS)
+        assert b.log == [] and b.view[STATUS_AT] == 0xF
+
+
+def test_a_device_that_is_left_stays_up() -> None:
+    with bench() as b:
+        b.driver.begin(RPMSG_F_NS)
+        b.driver.set_driver_ok()
+        causes: list[OpenAMPError] = []
+
+        def left(cause: OpenAMPError) -> int:
+            causes.append(cause)
+            return 3
+
+        b.driver.on_detach = left
+        assert [b.driver.detach(), b.driver.detach()] == [3, 0]
+        assert b.driver.failure is causes[0] and isinstance(causes[0], DetachedError)
+        assert b.driver.status == 0xF and len(causes) == 1
+        with pytest.raises(ValueError, match="only the driver"):
+            b.device.detach()
+
+
+def test_one_that_failed_or_is_closed_cannot_be_left() -> None:
+    for end in (VirtioDevice.close, lambda device: device.fail(PeerGoneError("gone"))):
+        with bench() as b:
+            end(b.driver)
+            b.driver.on_detach = lambda _: pytest.fail("called")
+            assert b.driver.detach() == 0

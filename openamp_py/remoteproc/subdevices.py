@@ -1,0 +1,96 @@
+"""What lives and dies with a core: prepared and started in order, stopped in reverse."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Iterable
+from typing import Final
+
+import trio
+
+from openamp_py.errors import OpenAMPError
+
+_logger = logging.getLogger(__name__)
+
+STOP_GRACE: Final = 5.0
+"""Seconds that each has to stop, and to unprepare."""
+
+
+class Subdevice:
+    """Something that works together with a core, and only while that runs.
+
+    A base class: each step may be left as it is. They are registered with
+    `RemoteProcessor.add_subdevice`.
+    """
+
+    async def prepare(self) -> None:
+        """Before the core starts. What it raises ends the start."""
+
+    async def start(self) -> None:
+        """The core runs. What it raises ends the start, and the core."""
+
+    async def stop(self, *, crashed: bool) -> None:
+        """Before the core is stopped; or after it has ended or crashed, and answers no more.
+
+        It has `STOP_GRACE` seconds. An OpenAMPError or OSError is logged, and the rest is stopped
+        all the same.
+        """
+
+    async def unprepare(self) -> None:
+        """The core is stopped. Time and errors as for `stop`."""
+
+
+class Subdevices:
+    """The subdevices of one life of a core, and how far they have come."""
+
+    def __init__(self, subdevices: Iterable[Subdevice]) -> None:
+        self._all = tuple(subdevices)
+        self._prepared: list[Subdevice] = []
+        self._started: list[Subdevice] = []
+
+    async def prepare(self) -> None:
+        """Prepares each in order. `end` undoes what was done, also after an error."""
+        for subdevice in self._all:
+            await subdevice.prepare()
+            self._prepared.append(subdevice)
+
+    async def start(self) -> None:
+        """Starts each in order. `end` undoes what was done, also after an error."""
+        for subdevice in self._all:
+            await subdevice.start()
+            self._started.append(subdevice)
+
+    def join(self, subdevice: Subdevice) -> None:
+        """One that comes while the core runs: as if it had been started."""
+        self._prepared.append(subdevice)
+        self._started.append(subdevice)
+
+    def leave(self, subdevice: Subdevice) -> None:
+        """One that goes while the core runs: it is not stopped."""
+        for taken in (self._prepared, self._started):
+            if subdevice in taken:
+                taken.remove(subdevice)
+
+    async def stop(self, *, crashed: bool) -> None:
+        """Stops what was started, in reverse."""
+        while self._started:
+            subdevice = self._started.pop()
+            await _undo(f"stopping {subdevice!r}", subdevice.stop(crashed=crashed))
+
+    async def end(self, *, crashed: bool) -> None:
+        """Stops and unprepares what is left, in reverse."""
+        await self.stop(crashed=crashed)
+        while self._prepared:
+            subdevice = self._prepared.pop()
+            await _undo(f"unpreparing {subdevice!r}", subdevice.unprepare())
+
+
+async def _undo(what: str, step: Awaitable[None]) -> None:
+    """Takes a step that must be taken; one that fails or hangs does not keep the rest."""
+    with trio.move_on_after(STOP_GRACE, shield=True) as scope:
+        try:
+            await step
+        except (OpenAMPError, OSError) as error:
+            _logger.error("%s: %s", what, error)
+    if scope.cancelled_caught:
+        _logger.error("%s took longer than %s s: it was left", what, STOP_GRACE)
