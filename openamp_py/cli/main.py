@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from openamp_py.cli import bench, inspect, lint, ping, serve
+from openamp_py.cli import bench, explain, inspect, lint, ping, serve, trace
 from openamp_py.cli.common import FAILED, USAGE, Command, UsageError
 from openamp_py.errors import OpenAMPError
 
-_COMMANDS: tuple[Command, ...] = (ping, serve, inspect, lint, bench)
+_COMMANDS: tuple[Command, ...] = (ping, serve, trace, inspect, lint, explain, bench)
 
 _INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 

@@ -1,0 +1,106 @@
+"""``openamp trace``: what a core writes into its trace buffer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+import trio
+
+from openamp_py.background import open_background
+from openamp_py.cli.common import DONE, Subparsers, UsageError, seconds, usage_errors
+from openamp_py.errors import CoreDiedError, OpenAMPError
+from openamp_py.platforms import NativePlatform
+from openamp_py.remoteproc import RemoteProcessor, TraceFollower, open_processor, open_trace
+from openamp_py.session import CORES, create_platform, shipped_image
+
+
+def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
+    """Declares ``openamp trace``."""
+    parser = commands.add_parser(
+        "trace",
+        parents=[common],
+        help="show what a core writes into its trace buffer",
+        description="Boots firmware, or attaches to a core that was left running, and shows what "
+        "it writes into a trace buffer: what comes within a while, or with -f until the core ends "
+        "or Ctrl-C. A core that was attached to runs on.",
+    )
+    parser.add_argument(
+        "firmware", nargs="?", type=Path, help="ELF to boot; default: the shipped echo firmware"
+    )
+    parser.add_argument("--core", default="native", choices=CORES, help="default: native")
+    parser.add_argument("--attach", metavar="PATH", help="a native core that was left running")
+    parser.add_argument("--name", help="of the buffer; default: the first")
+    parser.add_argument("-f", "--follow", action="store_true", help="until the core ends")
+    parser.add_argument(
+        "--wait", type=seconds, default=0.5, help="seconds to look without -f (default: 0.5)"
+    )
+    parser.add_argument("--json", action="store_true", help="a JSON object for each piece of text")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.attach is not None and options.firmware is not None:
+        raise UsageError("--attach takes no firmware: the core runs already")
+    with usage_errors():
+        return trio.run(_trace, options)
+
+
+async def _trace(options: argparse.Namespace) -> int:
+    attach = options.attach is not None
+    platform = (
+        NativePlatform(rendezvous=options.attach) if attach else create_platform(options.core)
+    )
+    async with open_processor(platform) as processor:
+        if attach:
+            await processor.attach()
+        else:
+            await processor.boot(options.firmware or shipped_image(platform))
+        try:
+            async with open_trace(processor, options.name) as follower:
+                await _follow(options, processor, follower)
+        except KeyError as error:
+            raise UsageError(str(error.args[0])) from None
+        finally:
+            if attach and processor.is_up and processor.core is not None:
+                with trio.CancelScope(shield=True):
+                    await processor.detach(processor.core.note)
+        if isinstance(processor.failure, CoreDiedError):
+            raise processor.failure
+    return DONE
+
+
+async def _follow(
+    options: argparse.Namespace, processor: RemoteProcessor, follower: TraceFollower
+) -> None:
+    """Prints until it is time to stop, and then what is left."""
+    with trio.open_signal_receiver(signal.SIGINT) as signals:
+        async with open_background() as nursery:
+
+            async def show() -> None:
+                async for text in follower:
+                    _print(options, text)
+
+            async def interrupt() -> None:
+                await anext(signals)
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(show)
+            nursery.start_soon(interrupt)
+            with trio.move_on_after(float("inf") if options.follow else options.wait):
+                with contextlib.suppress(OpenAMPError):
+                    await processor.wait_exit()
+                await processor.wait_settled()
+    _print(options, follower.read_nowait())
+
+
+def _print(options: argparse.Namespace, text: str) -> None:
+    if text:
+        print(
+            json.dumps({"text": text}) if options.json else text, end="\n" if options.json else ""
+        )
+        sys.stdout.flush()
