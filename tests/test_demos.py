@@ -41,6 +41,25 @@ OUTPUT = {
         "answer: 21 C\n"
         "generation: 1\n"
     ),
+    "recovery.py": (
+        "broken: the core died of SIGSEGV at address 0xdead0000\n"
+        "echo: are you back?\n"
+        "broken: native core: no sign of life for 1.0 s\n"
+        "echo: are you back?\n"
+        "broken: the core asked for a reset\n"
+        "echo: are you back?\n"
+        "crashes: 3\n"
+        f"{GRACEFUL}"
+        "left behind: native-1.core native-2.core native-3.core\n"
+    ),
+    "takeover.py": f"echo: first host\necho: second host\n{GRACEFUL}",
+    "several_cores.py": (
+        "there are: dsp0, dsp1, sensor\n"
+        "dsp0: hello, DSP\n"
+        "dsp1: hello, other DSP\n"
+        "sensor: 21 C\n"
+        "afterwards: offline, offline, offline\n"
+    ),
     "flood.py": "100000 sent, 100000 counted\n",
 }
 SPEED = {"flood.py": r"[\d,]+ messages/s\n"}
