@@ -290,7 +290,7 @@ class PythonContender:
 
     async def measure(self, case: Case, size: int, endpoints: int, seconds: float) -> float:
         """See `Contender.measure`."""
-        with _patience(seconds):
+        with patience(seconds):
             if case.loop == "flood":
                 return await self._flood(case.batch, size, endpoints, seconds, math.inf)
             payloads = self._payloads(size)
@@ -302,7 +302,7 @@ class PythonContender:
 
     async def soak(self, size: int, endpoints: int, messages: int) -> float:
         """Sends so many messages one by one, and checks that all arrive. See `measure`."""
-        with _patience(messages / _SLOWEST_SOAK):
+        with patience(messages / _SLOWEST_SOAK):
             return await self._flood(1, size, endpoints, math.inf, messages)
 
     def _payloads(self, size: int) -> Sequence[bytes]:
@@ -540,7 +540,7 @@ async def _open_endpoints(
 
 
 @contextmanager
-def _patience(seconds: float) -> Iterator[None]:
+def patience(seconds: float) -> Iterator[None]:
     """Ends a block that takes longer than `seconds` and some grace with a PeerError."""
     limit = seconds + _SILENT
     try:
@@ -695,12 +695,12 @@ async def _soak(
                 parts = _split(messages)
                 # What is allocated once is there before memory is looked at.
                 await contender.soak(size, endpoints, parts[0])
-                before = [_resident(pid) for pid in pids]
+                before = [resident(pid) for pid in pids]
                 seconds = 0.0
                 for part in parts:
                     seconds += part / await contender.soak(size, endpoints, part)
                     count()
-                host, remote = zip(before, [_resident(pid) for pid in pids], strict=True)
+                host, remote = zip(before, [resident(pid) for pid in pids], strict=True)
                 rate = messages / seconds
                 memory = Memory(host, remote)
                 rows.append(
@@ -715,7 +715,7 @@ def _split(messages: int) -> list[int]:
     return [_SOAK_PART] * whole + [rest] * bool(rest)
 
 
-def _resident(pid: int | None) -> int:
+def resident(pid: int | None) -> int:
     """Bytes of resident memory of a process.
 
     Raises:
@@ -801,7 +801,7 @@ async def open_python(core: str, *, polling: bool = True) -> AsyncIterator[Pytho
         session.bus.open_endpoint(ECHO_CHANNEL) as endpoint,
     ):
         assert session.processor is not None, "it was booted here"
-        with _patience(0):
+        with patience(0):
             await endpoint.wait_bound()
         assert endpoint.destination is not None, "it is bound"
         yield PythonContender(session.bus, endpoint.destination, session.processor.core)

@@ -40,6 +40,7 @@ FLOORS = {
     "echo": 4,
     "remote": 4,
     "bench": 4,
+    "bench_lifecycle": 4,
     "porting": 0,
     "registry": 4,
     "session": 4,

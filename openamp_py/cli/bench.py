@@ -11,6 +11,15 @@ from collections.abc import Callable, Sequence
 import trio
 
 from openamp_py.bench import CASES, SIZES, SOAK_MESSAGES, Row, Verdict, judge, run_bench
+from openamp_py.bench_lifecycle import (
+    CYCLES,
+    IMAGE_SIZE,
+    LIFECYCLE,
+    LIFECYCLE_CORES,
+    TABLE_ENTRIES,
+    Figure,
+    run_lifecycle,
+)
 from openamp_py.cli.common import (
     DONE,
     Progress,
@@ -30,6 +39,14 @@ Ratio: of time for a ping and for several endpoints (ep), otherwise of rate.
 ping: one message out at a time (-sleep: without polling; -hogs: with a busy process on each CPU);
 flood: one way, {batch} with each call; flood-single: one way, one with each call; echo: as many
 out as there are buffers, and each returns. Several endpoints have their turns one after another."""
+
+_LIFECYCLE_LEGEND = """\
+Medians of {repeat} in a warm program; boots and crashes: {cycles:,} in a row, and what this
+program has more of after them. Up to the first echo: session (from its opening), boot (in a
+session), recovery (from the order to crash; process: from SIGKILL; -dump: the core's memory is
+copied before and written after, -inline: written before), resume (of a message that waited),
+attach. Load: {size} MiB into memory that was written before, as was memcpy's; -path: from a file
+in the page cache. Table: {entries} entries decoded."""
 
 _LOOPBACK = " (on loopback: in one thread, without a doorbell)"
 _CPUS = (
@@ -57,8 +74,10 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--case",
         action="append",
-        choices=CASES,
-        help="kind of traffic (default: all that the core has, but not soak)",
+        choices=(*CASES, LIFECYCLE),
+        help="kind of traffic, or lifecycle: boots, crashes and the like, on "
+        f"{' and '.join(LIFECYCLE_CORES)} by default "
+        "(default: all that the core has, but neither soak nor lifecycle)",
     )
     parser.add_argument(
         "--size",
@@ -84,6 +103,12 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
         default=SOAK_MESSAGES,
         help=f"length of a soak (default: {SOAK_MESSAGES})",
     )
+    parser.add_argument(
+        "--cycles",
+        type=positive_int,
+        default=CYCLES,
+        help=f"boots, and crashes, in a row of lifecycle (default: {CYCLES})",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.set_defaults(run=_run)
 
@@ -101,29 +126,50 @@ def _list_endpoints() -> str:
 
 def _run(options: argparse.Namespace) -> int:
     progress = Progress("bench", 100)
+    cases = options.case and [case for case in options.case if case != LIFECYCLE]
+    with_lifecycle = bool(options.case) and LIFECYCLE in options.case
 
-    async def measure() -> list[Row]:
-        return await run_bench(
-            cores=options.core or ("process",),
-            cases=options.case,
-            sizes=options.size,
-            endpoints=options.endpoints,
-            seconds=options.seconds,
-            repeat=options.repeat,
-            messages=options.messages,
-            progress=lambda done, total: progress.show(100 * done // total),
-        )
+    def show(done: int, total: int) -> None:
+        progress.show(100 * done // total)
+
+    async def measure() -> tuple[list[Row], list[Figure]]:
+        rows: list[Row] = []
+        figures: list[Figure] = []
+        if with_lifecycle:
+            figures = await run_lifecycle(
+                cores=options.core or LIFECYCLE_CORES,
+                repeat=options.repeat,
+                cycles=options.cycles,
+                progress=show,
+            )
+        if cases or not with_lifecycle:
+            rows = await run_bench(
+                cores=options.core or ("process",),
+                cases=cases,
+                sizes=options.size,
+                endpoints=options.endpoints,
+                seconds=options.seconds,
+                repeat=options.repeat,
+                messages=options.messages,
+                progress=show,
+            )
+        return rows, figures
 
     try:
         progress.show(0)
         with usage_errors(), plain_errors():
-            rows = trio.run(measure)
+            rows, figures = trio.run(measure)
     finally:
         progress.clear()
     cpus = len(os.sched_getaffinity(0))
     if options.json:
-        print(json.dumps(_to_dict(options, cpus, rows)))
-    else:
+        print(json.dumps(_to_dict(options, cpus, rows, figures)))
+        return DONE
+    if figures:
+        _print_figures(options, figures)
+    if figures and rows:
+        print()
+    if rows:
         _print_table(rows)
         _print_legend(options, cpus, rows)
     return DONE
@@ -150,11 +196,12 @@ def _print_table(rows: Sequence[Row]) -> None:
         )
 
 
+_VERDICTS = {True: "met", False: "missed", None: ""}
+
+
 def _describe(verdict: Verdict) -> tuple[str, str, str]:
     ratio = "-" if verdict.ratio is None else f"{verdict.ratio:.2f} {verdict.base}"
-    if verdict.met is None:
-        return ratio, "", ""
-    return ratio, verdict.target, "met" if verdict.met else "missed"
+    return ratio, verdict.target, _VERDICTS[verdict.met]
 
 
 def _print_legend(options: argparse.Namespace, cpus: int, rows: Sequence[Row]) -> None:
@@ -177,13 +224,74 @@ def _print_legend(options: argparse.Namespace, cpus: int, rows: Sequence[Row]) -
         )
 
 
-def _to_dict(options: argparse.Namespace, cpus: int, rows: Sequence[Row]) -> dict[str, object]:
-    return {
+_FIGURE_COLUMNS = "{:<8} {:<19} {:>10} {:<6}  {:<32} {:<8} {}"
+_FIGURE_TITLES = ("core", "step", "median", "", "from least to most", "target", "")
+
+
+def _print_figures(options: argparse.Namespace, figures: Sequence[Figure]) -> None:
+    print(_FIGURE_COLUMNS.format(*_FIGURE_TITLES).rstrip())
+    for figure in figures:
+        print(
+            _FIGURE_COLUMNS.format(
+                figure.core,
+                figure.step,
+                _number(figure.median),
+                figure.unit,
+                _describe_spread(figure),
+                figure.target,
+                _VERDICTS[figure.met],
+            ).rstrip()
+        )
+    print(
+        _LIFECYCLE_LEGEND.format(
+            repeat=options.repeat,
+            cycles=options.cycles,
+            size=IMAGE_SIZE >> 20,
+            entries=TABLE_ENTRIES,
+        )
+    )
+
+
+def _describe_spread(figure: Figure) -> str:
+    if figure.around is not None:
+        before, after = figure.around
+        return f"{_number(before)} before, {_number(after)} after"
+    if len(figure.values) == 1:
+        return ""
+    return f"{_number(min(figure.values))} to {_number(max(figure.values))}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,d}" if isinstance(value, int) else f"{value:,.{0 if value >= 1000 else 2}f}"
+
+
+def _to_dict(
+    options: argparse.Namespace, cpus: int, rows: Sequence[Row], figures: Sequence[Figure]
+) -> dict[str, object]:
+    result: dict[str, object] = {
         "seconds": options.seconds,
         "repeat": options.repeat,
         "cpus": cpus,
         "rows": [_row_to_dict(row, judge(row, rows)) for row in rows],
     }
+    if figures:
+        result["cycles"] = options.cycles
+        result["lifecycle"] = [_figure_to_dict(figure) for figure in figures]
+    return result
+
+
+def _figure_to_dict(figure: Figure) -> dict[str, object]:
+    result: dict[str, object] = {
+        "core": figure.core,
+        "step": figure.step,
+        "unit": figure.unit,
+        **_summarize(figure.values),
+        "target": figure.target or None,
+        "met": figure.met,
+    }
+    if figure.around is not None:
+        result["before"], result["after"] = (round(each, 3) for each in figure.around)
+    return result
 
 
 def _row_to_dict(row: Row, verdict: Verdict) -> dict[str, object]:
@@ -224,7 +332,8 @@ def _figures(rates: Sequence[float]) -> dict[str, dict[str, float]] | None:
     if not rates:
         return None
     times = [1e6 / rate for rate in rates]
-    return {
-        unit: {name: round(summary(values), 3) for name, summary in _SUMMARIES.items()}
-        for unit, values in (("per_second", rates), ("us", times))
-    }
+    return {unit: _summarize(values) for unit, values in (("per_second", rates), ("us", times))}
+
+
+def _summarize(values: Sequence[float]) -> dict[str, float]:
+    return {name: round(summary(values), 3) for name, summary in _SUMMARIES.items()}

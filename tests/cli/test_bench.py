@@ -9,6 +9,33 @@ import pytest
 
 from openamp_py.cli import main
 
+COMMON = [
+    "session",
+    "boot",
+    "recovery",
+    "recovery-dump",
+    "recovery-inline",
+    "suspend",
+    "resume",
+]
+STEPS = [
+    *(("native", step) for step in (*COMMON, "detach", "attach")),
+    *(
+        ("native", f"{cycle}{what}")
+        for cycle in ("boots", "crashes")
+        for what in ("", "-memory", "-descriptors", "-children")
+    ),
+    ("-", "memcpy"),
+    *(("native", step) for step in ("load", "load-ratio", "load-path")),
+    ("-", "table"),
+    *(("process", step) for step in COMMON),
+]
+TARGETS = {
+    *(("native", step) for step in ("session", "boot", "recovery", "load-ratio")),
+    *((core, step) for core, step in STEPS if step.count("-") and "s-" in step),
+    ("-", "table"),
+}
+
 QUICK = ("--seconds", "0.002", "--repeat", "2")
 
 
@@ -67,6 +94,63 @@ def test_a_soak_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(size > 1 << 20 for side in ("host", "core") for size in soak[f"{side}_bytes"])
 
 
+LIFECYCLE = ("--case", "lifecycle", "--repeat", "1", "--cycles", "2")
+
+
+def test_lifecycle(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *LIFECYCLE, "--core", "native", "--repeat", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "", "crashes are asked for, and nothing to warn of"
+    title, *lines = captured.out.splitlines()
+    assert title.split() == ["core", "step", "median", "from", "least", "to", "most", "target"]
+    steps = [step for step in STEPS if step[0] != "process"]
+    rows = {tuple(line.split()[:2]): line.split() for line in lines[: len(steps)]}
+    assert [*rows] == steps
+    assert lines[len(steps)].startswith("Medians of 2 in a warm program; ")
+    for step in TARGETS:
+        assert rows[step][-1] in ("met", "missed")
+        assert rows[step][-3] in ("<=", ">=")
+    children = " ".join(rows["native", "boots-children"][2:])
+    assert children == "0 0 before, 0 after <= 0 met"
+    assert len(rows["native", "boots"]) == 4, "all boots are one value"
+    _, _, _, unit, _, to, _ = rows["native", "suspend"]
+    assert (unit, to) == ("ms", "to")
+
+
+def test_lifecycle_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *LIFECYCLE, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["repeat"], result["cycles"], result["rows"]) == (1, 2, [])
+    rows = {(row["core"], row["step"]): row for row in result["lifecycle"]}
+    assert [*rows] == STEPS
+    for step, row in rows.items():
+        assert row["min"] <= row["median"] <= row["max"]
+        assert (row["target"] is not None) is isinstance(row["met"], bool) is (step in TARGETS)
+    ratio = rows["native", "load-ratio"]
+    assert (ratio["target"], ratio["unit"]) == (">= 0.5", "memcpy")
+    grown = rows["native", "crashes-descriptors"]
+    assert grown["median"] == grown["after"] - grown["before"]
+    assert "before" not in rows["native", "crashes"]
+
+
+def test_lifecycle_beside_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--core", "native", "--case", "ping", "--size", "16", "--endpoints", "1"]
+    assert main(["bench", *QUICK, *LIFECYCLE, *options]) == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    assert [table.split()[:2] for table in tables] == [["core", "step"], ["core", "case"]]
+    assert "native   session" in tables[0]
+    assert "process  session" not in tables[0], "only what was asked for"
+    assert "native   ping" in tables[1]
+
+
+def test_lifecycle_on_a_core_without(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--core", "loopback", *LIFECYCLE]) == 2
+    assert capsys.readouterr().err == (
+        "openamp bench: core loopback has no case lifecycle; the cores with it are "
+        "native, process\n"
+    )
+
+
 @pytest.mark.parametrize("size", ["4", "497"])
 def test_an_impossible_size_is_a_mistake_of_usage(
     capsys: pytest.CaptureFixture[str], size: str
@@ -92,6 +176,7 @@ def test_a_case_that_the_core_does_not_have(capsys: pytest.CaptureFixture[str]) 
         ["--repeat", "0"],
         ["--endpoints", "0"],
         ["--messages", "0"],
+        ["--cycles", "0"],
         ["--seconds", "-1"],
     ],
 )
