@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from openamp_py.rpmsg.bus import Bus, BusOptions, open_bus
+from openamp_py.rpmsg.bus import Bus, open_bus
 from openamp_py.rpmsg.endpoint import Endpoint, WhenFull
 from openamp_py.rpmsg.handover import (
     Handover,
@@ -10,6 +10,7 @@ from openamp_py.rpmsg.handover import (
     encode_handover,
 )
 from openamp_py.rpmsg.in_place import HeldMessage, Reservation
+from openamp_py.rpmsg.options import BusOptions
 from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops, EndpointStatistics
 from openamp_py.rpmsg.watch import ServiceWatch
 from openamp_py.rpmsg.wire import Announcement, Channel

@@ -9,44 +9,43 @@ import math
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from time import perf_counter
 
 import trio
 
 from openamp_py.background import open_background
-from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS, RPMSG_F_NS, VIRTIO_ID_RPMSG
+from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS, RPMSG_F_NS
 from openamp_py.errors import (
     OpenAMPError,
     PeerError,
     PeerGoneError,
     PlatformError,
-    ResourceTableError,
     StateError,
     VirtqueueError,
 )
 from openamp_py.rpmsg.addresses import AddressSpace, check_destination
+from openamp_py.rpmsg.batch import Batch
 from openamp_py.rpmsg.endpoint import DEFAULT_QUEUE_LIMIT, Endpoint, WhenFull
 from openamp_py.rpmsg.handover import NOTHING, Handover
 from openamp_py.rpmsg.in_place import HeldMessage, Reservation
 from openamp_py.rpmsg.name_service import ChannelRegistry
+from openamp_py.rpmsg.options import DEFAULT_OPTIONS, BusOptions
 from openamp_py.rpmsg.polling import Polling
+from openamp_py.rpmsg.rings import TO_DEVICE, TO_DRIVER, open_rings
 from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops
 from openamp_py.rpmsg.watch import ServiceWatch
 from openamp_py.rpmsg.wire import (
-    DEFAULT_BUFFER_SIZE,
     Announcement,
     Channel,
     check_name,
     decode_announcement_untrusted,
 )
-from openamp_py.virtio import Message, MessageRing, Role, VirtioDevice
+from openamp_py.virtio import Message, Role, VirtioDevice
 from openamp_py.virtio.message_ring import (
-    HEADER_SIZE,
     IN_PLACE,
     KEPT,
     KICK,
-    MAX_BUFFER_SIZE,
     MORE,
     POLL_HIT,
     POLLED,
@@ -54,67 +53,17 @@ from openamp_py.virtio.message_ring import (
     SEVERAL,
     SMALL_BUFFER,
     Arrival,
-    encode_lengths,
     transmit_closed,
 )
-from openamp_py.virtio.takeover import Lent, find_receiving_untrusted, find_sending_untrusted
+
+# What others find here: the bus, and what is chosen about it or used in its stead.
+__all__ = ["DEFAULT_OPTIONS", "Bus", "BusOptions", "open_bus", "open_rings"]
 
 _logger = logging.getLogger(__name__)
-
-# Vring 0 carries messages from device to driver, vring 1 the other way.
-_TO_DRIVER, _TO_DEVICE = 0, 1
-
-# A remote waits for DRIVER_OK. Hosts kick after it, but not every host's kick arrives before
-# the remote listens, so the status is looked at again this often (seconds) until then.
-_STATUS_RECHECK = 0.02
 
 # Calls that need not wait run so long (seconds) before other tasks get their turn: a scheduler
 # pass takes as long as several messages, so there must be more messages than passes.
 _SLICE = 200e-6
-
-
-@dataclass(frozen=True, slots=True)
-class BusOptions:
-    """How a bus works its link.
-
-    Raises:
-        ValueError: a size or a time that is not possible.
-    """
-
-    send_buffer_size: int = DEFAULT_BUFFER_SIZE
-    """Bytes of a buffer, header included, in the sending direction. A driver chooses both sizes;
-    a device has to be told what its driver chose."""
-    receive_buffer_size: int = DEFAULT_BUFFER_SIZE
-    """The same for the receiving direction."""
-    polling: float | None = None
-    """Seconds that a task that waits may look at the rings before it sleeps, and so the longest
-    that other tasks are kept waiting by it. 0: never. None: 0.1 ms, or never where this process has
-    one CPU. It learns whether it pays, and costs nothing while nothing happens."""
-    patience: float = 1.0
-    """Seconds until an endpoint that is not read loses the buffers it keeps, where half of the
-    link's buffers are kept; ``math.inf`` for never. See `WhenFull.HOLD_BACK`."""
-    always_kick: bool = False
-    """Kicks whatever the peer says: for one whose wish cannot be trusted (rpmsg-lite masters)."""
-    recheck: float | None = None
-    """Seconds after which the rings are looked at again without a kick: for a peer that
-    loses some (single-CPU QEMU before 8.1)."""
-
-    def __post_init__(self) -> None:
-        Polling(self.polling)
-        for direction in ("send", "receive"):
-            size = getattr(self, f"{direction}_buffer_size")
-            if not HEADER_SIZE < size <= MAX_BUFFER_SIZE:
-                raise ValueError(
-                    f"{direction} buffers of {size} bytes; "
-                    f"{HEADER_SIZE + 1} to {MAX_BUFFER_SIZE} are possible"
-                )
-        if not self.patience >= 0:
-            raise ValueError(f"a patience of {self.patience} s; 0 s or more are possible")
-        if self.recheck is not None and not 0 < self.recheck < float("inf"):
-            raise ValueError(f"a recheck every {self.recheck} s; more than 0 s are possible")
-
-
-DEFAULT_OPTIONS = BusOptions()
 
 
 class _Turn:
@@ -123,29 +72,6 @@ class _Turn:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.called = trio.Event()
-
-
-class _Batch:
-    """Messages for one destination, of which some have been sent."""
-
-    def __init__(self, payloads: Sequence[bytes]) -> None:
-        self.data = b"".join(payloads)
-        self.lengths = encode_lengths(payloads)
-        self.payloads = payloads
-        self.done = 0
-        self.offset = 0
-        self.is_done = not payloads
-
-    def went(self, count: int) -> int:
-        """So many more have been sent. Returns the bytes of those."""
-        before, self.done = self.done, self.done + count
-        self.is_done = self.done == len(self.payloads)
-        if self.is_done:
-            length = len(self.data) - self.offset
-        else:
-            length = sum(map(len, self.payloads[before : self.done]))
-        self.offset += length
-        return length
 
 
 class _Watch(trio.abc.Instrument):
@@ -240,8 +166,8 @@ class Bus:
         self.transmit = sending.transmit
         self._receiving = receiving
         driver = device.role is Role.DRIVER
-        self._send_index = _TO_DEVICE if driver else _TO_DRIVER
-        self._receive_index = _TO_DRIVER if driver else _TO_DEVICE
+        self._send_index = TO_DEVICE if driver else TO_DRIVER
+        self._receive_index = TO_DRIVER if driver else TO_DEVICE
         self._names = bool(device.features & RPMSG_F_NS)
         self.kick = functools.partial(self._kick, self._send_index)
         self._kept = 0
@@ -638,15 +564,11 @@ class Bus:
         self._tell(self._send_index, wanted=bool(result))
         return True
 
-    def encode_batch(self, payloads: Sequence[bytes]) -> _Batch:
-        """Messages for `send_batch`."""
-        return _Batch(payloads)
-
     def send_batch(
         self,
         source: int,
         destination: int,
-        batch: _Batch,
+        batch: Batch,
         count: Callable[[int, int], None],
         *,
         has_turn: bool = False,
@@ -1248,116 +1170,6 @@ class Bus:
 def _level(count: int) -> int:
     """The first of its kind is worth a warning; a peer must not be able to flood the log."""
     return logging.DEBUG if count else logging.WARNING
-
-
-async def _wait_driver(device: VirtioDevice) -> None:
-    """Device: sleeps until the driver says DRIVER_OK."""
-    lot = trio.lowlevel.ParkingLot()
-
-    def wake(_: object = None) -> None:
-        lot.unpark_all()
-
-    device.on_notify = device.on_failure = wake
-    try:
-        while not device.poll_driver():
-            if device.failure is not None:
-                raise trio.BrokenResourceError(
-                    f"{device.name}: the driver never came up: {device.failure}"
-                ) from device.failure
-            with trio.move_on_after(_STATUS_RECHECK):
-                await lot.park()
-    finally:
-        device.on_notify = device.on_failure = None
-
-
-def _find_lent(device: VirtioDevice, send_buffer_size: int) -> tuple[Lent, Lent]:
-    """What the driver before lent to a device that is taken over: to receive, and to send."""
-    with (
-        contextlib.closing(device.open_queue(_TO_DRIVER)) as to_driver,
-        contextlib.closing(device.open_queue(_TO_DEVICE)) as to_device,
-    ):
-        received = find_receiving_untrusted(to_driver.copy())
-        end = received.pa + received.size * len(received.offsets)
-        return received, find_sending_untrusted(to_device.copy(), end, send_buffer_size)
-
-
-def _find_pool(device: VirtioDevice, lent: Lent) -> tuple[int, memoryview]:
-    """The memory of the buffers of a device that is taken over."""
-    size = lent.size * len(lent.offsets)
-    view = device.memory.find_pa(lent.pa, size)
-    if view is None:
-        raise VirtqueueError(
-            f"{device.name} cannot be taken over: its {size} bytes of buffers at {lent.pa:#x} "
-            f"are not in memory: {device.memory}"
-        )
-    return lent.pa, view
-
-
-@asynccontextmanager
-async def open_rings(
-    device: VirtioDevice,
-    *,
-    send_buffer_size: int = DEFAULT_BUFFER_SIZE,
-    receive_buffer_size: int = DEFAULT_BUFFER_SIZE,
-) -> AsyncIterator[tuple[MessageRing, MessageRing]]:
-    """The bare message rings of an RPMsg device, for an `async with` block.
-
-    What is below `open_bus`, for whoever works them by other means; takes and raises the same.
-    A driver still has to say `set_driver_ok`, once it is ready to be notified, and to end the
-    device; a device has been waited for.
-
-    Returns:
-        The sending and the receiving one.
-    """
-    if device.device_id != VIRTIO_ID_RPMSG:
-        raise ValueError(f"{device.name} has virtio id {device.device_id}, not 7 (RPMsg)")
-    if len(device.vrings) != 2:
-        raise ResourceTableError(f"{device.name} has {len(device.vrings)} vrings; RPMsg needs 2")
-    await trio.lowlevel.checkpoint()
-    if device.failure is not None:
-        raise trio.BrokenResourceError(f"{device.name}: {device.failure}") from device.failure
-    driver = device.role is Role.DRIVER
-    if driver:
-        device.begin(RPMSG_F_NS)
-    else:
-        await _wait_driver(device)
-    with contextlib.ExitStack() as stack:
-
-        def open_ring(
-            index: int,
-            size: int,
-            *,
-            sender: bool,
-            pool: tuple[int, memoryview] | None,
-            lent: Lent | None,
-        ) -> MessageRing:
-            queue = stack.enter_context(contextlib.closing(device.open_queue(index)))
-            ring = MessageRing(queue, sender=sender, buffer_size=size, pool=pool, lent=lent)
-            stack.callback(ring.close)
-            return ring
-
-        try:
-            receive_pool = send_pool = received = sent = None
-            if device.is_adopted:
-                received, sent = _find_lent(device, send_buffer_size)
-                receive_buffer_size = received.size
-                receive_pool, send_pool = (_find_pool(device, lent) for lent in (received, sent))
-            elif driver:
-                receives, sends = (vring.layout.num for vring in device.vrings)
-                received_bytes = receives * receive_buffer_size
-                pa, pool = device.buffers(received_bytes + sends * send_buffer_size)
-                receive_pool = (pa, pool[:received_bytes])
-                send_pool = (pa + received_bytes, pool[received_bytes:])
-            from_peer, to_peer = (_TO_DRIVER, _TO_DEVICE) if driver else (_TO_DEVICE, _TO_DRIVER)
-            receiving = open_ring(
-                from_peer, receive_buffer_size, sender=False, pool=receive_pool, lent=received
-            )
-            sending = open_ring(to_peer, send_buffer_size, sender=True, pool=send_pool, lent=sent)
-        except BaseException:
-            if driver and not device.is_adopted:
-                device.give_up()
-            raise
-        yield sending, receiving
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from openamp_py.background import plain_errors
 from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS
 from openamp_py.errors import OpenAMPError, PeerGoneError, StateError
 from openamp_py.rpmsg.addresses import check_destination
+from openamp_py.rpmsg.batch import Batch
 from openamp_py.rpmsg.handover import HandedEndpoint
 from openamp_py.rpmsg.in_place import HeldMessage, Reservation
 from openamp_py.rpmsg.statistics import EndpointReport, EndpointStatistics
@@ -230,7 +231,7 @@ class Endpoint:
         Cancellation: some may have been sent: `statistics.sent` tells how many.
         """
         bus = self._bus
-        batch = bus.encode_batch(self._check_payloads(payloads))
+        batch = Batch(self._check_payloads(payloads))
         await bus.pause()
         while not batch.is_done:
             destination = await self._wait_peer()
@@ -276,7 +277,7 @@ class Endpoint:
         parts = self._check_payloads(payloads)
         destination = self._peer_nowait()
         before = self._sent
-        batch = self._bus.encode_batch(parts)
+        batch = Batch(parts)
         self._bus.send_batch(self.address, destination, batch, self._count_sent)
         sent = self._sent - before
         if parts and not sent:
