@@ -29,7 +29,7 @@ from openamp_py.rpmsg.batch import Batch
 from openamp_py.rpmsg.endpoint import DEFAULT_QUEUE_LIMIT, Endpoint, WhenFull
 from openamp_py.rpmsg.handover import NOTHING, Handover
 from openamp_py.rpmsg.in_place import HeldMessage, Reservation
-from openamp_py.rpmsg.name_service import ChannelRegistry
+from openamp_py.rpmsg.name_service import NameService
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS, BusOptions
 from openamp_py.rpmsg.polling import Polling
 from openamp_py.rpmsg.rings import TO_DEVICE, TO_DRIVER, open_rings
@@ -39,7 +39,6 @@ from openamp_py.rpmsg.wire import (
     Announcement,
     Channel,
     check_name,
-    decode_announcement_untrusted,
 )
 from openamp_py.virtio import Message, Role, VirtioDevice
 from openamp_py.virtio.message_ring import (
@@ -116,9 +115,7 @@ class Bus:
         self._stand_ins: dict[int, Endpoint] = {}
         self._keep: dict[int, int] = {}
         self._addresses = AddressSpace()
-        self._registry = ChannelRegistry()
-        self._watches: set[ServiceWatch] = set()
-        self._replies: dict[Endpoint, None] = {}
+        self._name_service = NameService(self._endpoints, acknowledges=device.role is Role.DRIVER)
         self._turns: deque[_Turn] = deque()
         self._in_hand: dict[HeldMessage, int] = {}
         self._reserved: dict[Reservation, tuple[int, int]] = {}
@@ -168,7 +165,7 @@ class Bus:
         driver = device.role is Role.DRIVER
         self._send_index = TO_DEVICE if driver else TO_DRIVER
         self._receive_index = TO_DRIVER if driver else TO_DEVICE
-        self._names = bool(device.features & RPMSG_F_NS)
+        self._has_name_service = bool(device.features & RPMSG_F_NS)
         self.kick = functools.partial(self._kick, self._send_index)
         self._kept = 0
         self._keep = {
@@ -195,8 +192,8 @@ class Bus:
     def _take_over(self, handover: Handover) -> None:
         """Goes on where the host before stopped: what comes for its endpoints is kept for ours."""
         for channel in handover.channels:
-            refusal = self._registry.create(channel)
-            if refusal:
+            refusal = self._name_service.take_over(channel)
+            if refusal is not None:
                 self._refuse_announcement(f"{channel}", refusal)
         for handed in handover.endpoints:
             endpoint = self._endpoints.get(handed.address)
@@ -243,7 +240,7 @@ class Bus:
     @property
     def channels(self) -> tuple[Channel, ...]:
         """What the other side has announced and not withdrawn, oldest first."""
-        return tuple(self._registry)
+        return self._name_service.channels
 
     @property
     def handover(self) -> Handover:
@@ -340,9 +337,9 @@ class Bus:
         generation = self._generation
         while True:
             self.check_generation(generation)
-            for channel in self._registry:
-                if channel.name == name:
-                    return channel
+            channel = self._name_service.find(name)
+            if channel is not None:
+                return channel
             self._check_usable()
             await self._news.park()
 
@@ -358,14 +355,15 @@ class Bus:
         """
         self._check_usable()
         await trio.lowlevel.checkpoint()
-        watch = ServiceWatch([Announcement(channel) for channel in self._registry])
-        self._watches.add(watch)
+        watch = ServiceWatch([Announcement(channel) for channel in self.channels])
+        watches = self._name_service.watches
+        watches.add(watch)
         try:
             if self._closed or self.failure is not None:
                 watch.end(self._ended())
             yield watch
         finally:
-            self._watches.remove(watch)
+            watches.remove(watch)
             watch.end(trio.ClosedResourceError("the watch was closed"))
 
     @asynccontextmanager
@@ -437,8 +435,9 @@ class Bus:
             if in_place or stand_in is not None:
                 self.choose_buffers(endpoint)
             if name is not None and not endpoint.is_bound:
-                self._bind_to_known(endpoint)
-            if endpoint.wants_announcing and self._names and not endpoint.is_told:
+                self._name_service.bind_to_known(endpoint)
+                self._answer()
+            if endpoint.wants_announcing and self._has_name_service and not endpoint.is_told:
                 await endpoint.announce()
             yield endpoint
         finally:
@@ -478,8 +477,7 @@ class Bus:
         failure = self.failure or PeerGoneError(f"{self._device.name} was given up here")
         self._fail(failure)
         self._let_go(self.broken("bus"))
-        self._registry = ChannelRegistry()
-        self._replies.clear()
+        self._name_service = NameService(self._endpoints, acknowledges=device.role is Role.DRIVER)
         self._stand_ins.clear()
         self._kept = 0
         for endpoint in tuple(self._endpoints.values()):
@@ -504,8 +502,8 @@ class Bus:
             self._restarting = False
         self._generation += 1
         for endpoint in self._endpoints.values():
-            if endpoint.announces_again() and self._names and not endpoint.is_told:
-                self._replies[endpoint] = None
+            if endpoint.announces_again() and self._has_name_service and not endpoint.is_told:
+                self._name_service.replies[endpoint] = None
         self._send_replies()
         self._wake_all()
 
@@ -672,7 +670,7 @@ class Bus:
             self._turns.remove(turn)
             if not self._turns and self._usable:
                 self.blocked = self._options.always_kick
-                if not self._replies:
+                if not self._name_service.replies:
                     self._sending.queue.notify_off()
             self._call_next()
 
@@ -813,10 +811,8 @@ class Bus:
         self.release(heads)
         if self._usable:
             self._receiving.keep(self._keep)
-            # Its peer may be what another endpoint of this name waits for.
-            for other in self._endpoints.values():
-                if other.name is not None and other.name == endpoint.name and not other.is_bound:
-                    self._bind_to_known(other)
+            self._name_service.bind_successors(endpoint)
+            self._answer()
         self.call_waiting(endpoint)
 
     # What follows is for _Watch.
@@ -836,7 +832,7 @@ class Bus:
         if not self._usable:
             return
         self.drain()
-        if self._turns or self._replies:
+        if self._turns or self._name_service.replies:
             self._look()
 
     # Inside.
@@ -865,7 +861,7 @@ class Bus:
         self._asked = True
         if not self._usable:
             return
-        receiving, waits = self._receiving.queue, bool(self._turns or self._replies)
+        receiving, waits = self._receiving.queue, bool(self._turns or self._name_service.replies)
         try:
             # Where it has been asked already, it has kicked for all that came after the last look,
             # but for what was too much for that.
@@ -902,7 +898,7 @@ class Bus:
         """Handles whatever there is."""
         if self._usable:
             self.drain()
-            if self._replies:
+            if self._name_service.replies:
                 self._send_replies()
             self._call_next()
 
@@ -1021,11 +1017,11 @@ class Bus:
     def _remove(self, endpoint: Endpoint) -> None:
         del self._endpoints[endpoint.address]
         self._addresses.give_back(endpoint.address)
-        self._replies.pop(endpoint, None)
+        self._name_service.replies.pop(endpoint, None)
 
     def _deliver_elsewhere(self, destination: int, messages: Sequence[Message]) -> None:
         """Messages for no endpoint: announcements, or nobody's."""
-        if destination == NAME_SERVICE_ADDRESS and self._names:
+        if destination == NAME_SERVICE_ADDRESS and self._has_name_service:
             for message in messages:
                 self._handle_announcement(message.payload)
             return
@@ -1041,28 +1037,12 @@ class Bus:
         )
 
     def _handle_announcement(self, payload: bytes) -> None:
-        announcement = decode_announcement_untrusted(payload)
-        if announcement is None:
-            self._refuse_announcement(repr(payload[:40]), "it is malformed")
+        refusal = self._name_service.handle_untrusted(payload)
+        if refusal is not None:
+            self._refuse_announcement(*refusal)
             return
-        channel = announcement.channel
-        if announcement.destroy:
-            refusal = self._registry.destroy(channel)
-            if self._unbind(channel):
-                refusal = None  # it was bound by a message, without an announcement
-        else:
-            refusal = self._registry.create(channel)
-            if refusal is None:
-                self._bind(channel)
-        if refusal:
-            self._refuse_announcement(f"{channel}", refusal)
-        else:
-            self._tell_watches(announcement)
+        self._answer()
         self._news.unpark_all()
-
-    def _tell_watches(self, announcement: Announcement) -> None:
-        for watch in self._watches:
-            watch.add(announcement)
 
     def _refuse_announcement(self, what: str, why: str) -> None:
         count = self._counts["bad_announcement"]
@@ -1071,49 +1051,17 @@ class Bus:
             _level(count), "%s: announcement of %s refused: %s", self._device.name, what, why
         )
 
-    def _unbind(self, channel: Channel) -> bool:
-        """Returns whether any endpoint was bound to it."""
-        bound = [
-            endpoint
-            for endpoint in self._endpoints.values()
-            if endpoint.name == channel.name and endpoint.destination == channel.address
-        ]
-        for endpoint in bound:
-            endpoint.unbind()
-            if not endpoint.is_bound and not endpoint.is_withdrawn:
-                self._bind_to_known(endpoint)
-        return bool(bound)
-
-    def _bind(self, channel: Channel) -> None:
-        """Binds the endpoint that has this peer, or the first that waits for this service."""
-        named = [each for each in self._endpoints.values() if each.name == channel.name]
-        for destination in (channel.address, None):
-            for endpoint in named:
-                if endpoint.destination == destination:
-                    self._bind_endpoint(endpoint, channel)
-                    return
-
-    def _bind_to_known(self, endpoint: Endpoint) -> None:
-        """Binds an endpoint to a service announced before, that no other one is bound to."""
-        same = (each for each in self._endpoints.values() if each.name == endpoint.name)
-        taken = {each.destination for each in same}
-        for channel in self._registry:
-            if channel.name == endpoint.name and channel.address not in taken:
-                self._bind_endpoint(endpoint, channel)
-                return
-
-    def _bind_endpoint(self, endpoint: Endpoint, channel: Channel) -> None:
-        """Binds, and as host acknowledges with the endpoint's own announcement."""
-        endpoint.bind(channel.address)
-        if self.role is Role.DRIVER and endpoint.announces:
-            self._replies[endpoint] = None
+    def _answer(self) -> None:
+        """Endpoints may have been bound: sends what is due for that."""
+        if self._name_service.replies:
             self._asked = False
             self._send_replies()
 
     def _send_replies(self) -> None:
         """Sends announcements that are due, as far as there are buffers."""
-        while self._replies and self._usable:
-            endpoint = next(iter(self._replies))
+        replies = self._name_service.replies
+        while replies and self._usable:
+            endpoint = next(iter(replies))
             try:
                 if not self.send_nowait(
                     endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement(), has_turn=True
@@ -1125,7 +1073,7 @@ class Bus:
                 _logger.warning("%s cannot be announced: %s", what, why)
             else:
                 endpoint.was_told()
-            self._replies.pop(endpoint, None)
+            replies.pop(endpoint, None)
         if not self._turns and self._usable:
             self._sending.queue.notify_off()
 
@@ -1163,7 +1111,7 @@ class Bus:
             turn.called.set()
         self._news.unpark_all()
         if not self._usable:
-            for watch in self._watches:
+            for watch in self._name_service.watches:
                 watch.end(self._ended())
 
 

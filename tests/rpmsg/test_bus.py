@@ -972,7 +972,7 @@ async def test_what_is_announced_again_binds_no_second_endpoint() -> None:
 
 async def test_an_announcement_over_the_limit_binds_nobody() -> None:
     async with _raw_remote() as (bus, remote, _), bus.open_endpoint("echo") as endpoint:
-        bus._registry = ChannelRegistry(limit=1)
+        bus._name_service._registry = ChannelRegistry(limit=1)
         await _announce(remote, 2000, name="first")
         await _announce(remote, 3000)
         assert not endpoint.is_bound

@@ -232,7 +232,7 @@ async def test_an_announcement_that_does_not_fit_is_dropped(
         with trio.fail_after(5), caplog.at_level(logging.WARNING, "openamp_py.rpmsg.bus"):
             await remote.restart()
             await _settle()  # never, where it is tried again and again
-        assert not remote.host._replies
+        assert not remote.host._name_service.replies
         assert [record.getMessage() for record in caplog.records].count(
             "<Endpoint one 0x400 -> not bound> cannot be announced: "
             "payload of 40 bytes; the limit is 32 bytes"
