@@ -28,7 +28,8 @@ from openamp_py.rpmsg.addresses import AddressSpace, check_destination
 from openamp_py.rpmsg.batch import Batch
 from openamp_py.rpmsg.endpoint import DEFAULT_QUEUE_LIMIT, Endpoint, WhenFull
 from openamp_py.rpmsg.handover import NOTHING, Handover
-from openamp_py.rpmsg.in_place import HeldMessage, Reservation
+from openamp_py.rpmsg.in_place import Reservation
+from openamp_py.rpmsg.kept import KeptBuffers
 from openamp_py.rpmsg.name_service import NameService
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS, BusOptions
 from openamp_py.rpmsg.polling import Polling
@@ -42,8 +43,6 @@ from openamp_py.rpmsg.wire import (
 )
 from openamp_py.virtio import Message, Role, VirtioDevice
 from openamp_py.virtio.message_ring import (
-    IN_PLACE,
-    KEPT,
     KICK,
     MORE,
     POLL_HIT,
@@ -101,6 +100,8 @@ class Bus:
     Attributes:
         failure: what ended the link; None while it is well.
         blocked: nothing can be sent at once: the link failed, or others wait for a buffer.
+        usable: open, and the link is well.
+        kept: the buffers that received messages keep.
         transmit: `MessageRing.transmit` of the sending ring, for where nothing is `blocked`.
         kick: tells the other side of what was sent, where `transmit` says so.
         poll_now: nanoseconds that a task that would wait may look for something first.
@@ -113,22 +114,19 @@ class Bus:
         self.poll_now = self._poll_nanoseconds = int(self._polling.seconds * 1e9)
         self._endpoints: dict[int, Endpoint] = {}
         self._stand_ins: dict[int, Endpoint] = {}
-        self._keep: dict[int, int] = {}
         self._addresses = AddressSpace()
         self._name_service = NameService(self._endpoints, acknowledges=device.role is Role.DRIVER)
+        self.kept = KeptBuffers(self, self._endpoints, options.patience)
         self._turns: deque[_Turn] = deque()
-        self._in_hand: dict[HeldMessage, int] = {}
         self._reserved: dict[Reservation, tuple[int, int]] = {}
         self._news = trio.lowlevel.ParkingLot()
-        self._starved = trio.Event()
         self._counts: Counter[str] = Counter()
         self._kicks_received = self._unwanted_kicks = 0
         self._waits = 0
-        self._kept = 0
         self._generation = 0
         self._past: Counter[str] = Counter()
         self._closed = self._restarting = False
-        self._usable = False  # open, and the link is well
+        self.usable = False
         self._begun = False  # the device is up and ours
         self._looked = self._asked = self._more = False
         self._trio_token = trio.lowlevel.current_trio_token()
@@ -167,14 +165,10 @@ class Bus:
         self._receive_index = TO_DRIVER if driver else TO_DEVICE
         self._has_name_service = bool(device.features & RPMSG_F_NS)
         self.kick = functools.partial(self._kick, self._send_index)
-        self._kept = 0
-        self._keep = {
-            endpoint.address: IN_PLACE for endpoint in self._endpoints.values() if endpoint.in_place
-        }
-        receiving.keep(self._keep)
+        self.kept.begin(device, receiving, self._receive_index)
         self.failure = None
         self._begun = True
-        self._usable = not self._closed
+        self.usable = not self._closed
         self.blocked = bool(self._turns) or self._options.always_kick
         device.on_notify = self._notified
         device.on_failure = self._device_failed
@@ -209,7 +203,7 @@ class Bus:
         trio.lowlevel.add_instrument(watch)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._give_up_unread)
+                nursery.start_soon(self.kept.run)
                 if self._options.recheck is not None:
                     nursery.start_soon(self._recheck, self._options.recheck)
                 task_status.started()
@@ -272,7 +266,7 @@ class Bus:
             buffer_waits=self._waits,
             polls=self._polling.tried,
             poll_hits=self._polling.hits,
-            held=self._kept + len(self._in_hand),
+            held=self.kept.count,
             reserved=len(self._reserved),
             drops=self.drops,
         )
@@ -360,7 +354,7 @@ class Bus:
         watches.add(watch)
         try:
             if self._closed or self.failure is not None:
-                watch.end(self._ended())
+                watch.end(self.ended())
             yield watch
         finally:
             watches.remove(watch)
@@ -433,7 +427,7 @@ class Bus:
                 del self._stand_ins[endpoint.address]
                 endpoint.inherit(stand_in)
             if in_place or stand_in is not None:
-                self.choose_buffers(endpoint)
+                self.kept.choose(endpoint)
             if name is not None and not endpoint.is_bound:
                 self._name_service.bind_to_known(endpoint)
                 self._answer()
@@ -475,11 +469,10 @@ class Bus:
         if device is self._device:
             raise StateError(f"{device.name} was driven before; start its processor anew")
         failure = self.failure or PeerGoneError(f"{self._device.name} was given up here")
-        self._fail(failure)
+        self.fail(failure)
         self._let_go(self.broken("bus"))
         self._name_service = NameService(self._endpoints, acknowledges=device.role is Role.DRIVER)
         self._stand_ins.clear()
-        self._kept = 0
         for endpoint in tuple(self._endpoints.values()):
             if not endpoint.revive():
                 endpoint.lose(failure)
@@ -496,7 +489,7 @@ class Bus:
         except BaseException:
             self.failure = failure
             self.blocked = True
-            self._usable = False
+            self.usable = False
             raise
         finally:
             self._restarting = False
@@ -516,7 +509,7 @@ class Bus:
             for endpoint in tuple(self._endpoints.values()):
                 endpoint.close()
             self._closed = True
-            self._usable = False
+            self.usable = False
             self._wake_all()
             self._let_go(trio.ClosedResourceError("the bus was closed"))
         await trio.lowlevel.cancel_shielded_checkpoint()
@@ -555,11 +548,11 @@ class Bus:
         try:
             result = self._sending.send(source, destination, payload)
         except VirtqueueError as error:
-            self._fail(error)
+            self.fail(error)
             raise self.broken("send") from self.failure
         if result < 0:
             return self._no_buffer(result, len(payload))
-        self._tell(self._send_index, wanted=bool(result))
+        self.tell(self._send_index, wanted=bool(result))
         return True
 
     def send_batch(
@@ -584,12 +577,12 @@ class Bus:
                     source, destination, batch.data, batch.lengths, batch.done, batch.offset
                 )
             except VirtqueueError as error:
-                self._fail(error)
+                self.fail(error)
                 raise self.broken("send") from self.failure
             if sent < 0:
                 return self._no_buffer(sent, len(batch.payloads[batch.done]))
             count(sent, batch.went(sent))
-            self._tell(self._send_index, wanted=kick)
+            self.tell(self._send_index, wanted=kick)
         return True
 
     def reserve(
@@ -602,7 +595,7 @@ class Bus:
         try:
             head, place, capacity = ring.reserve()
         except VirtqueueError as error:
-            self._fail(error)
+            self.fail(error)
             raise self.broken("reserve") from self.failure
         if head < 0:
             self._no_buffer(head, length or 0)
@@ -623,9 +616,9 @@ class Bus:
         try:
             kick = self._sending.commit(head, source, destination, reservation.length)
         except VirtqueueError as error:
-            self._fail(error)
+            self.fail(error)
             raise self.broken("send") from self.failure
-        self._tell(self._send_index, wanted=kick)
+        self.tell(self._send_index, wanted=kick)
 
     def cancel(self, reservation: Reservation) -> None:
         """Makes a reserved buffer free again."""
@@ -668,7 +661,7 @@ class Bus:
                 self.begin_slice()
         finally:
             self._turns.remove(turn)
-            if not self._turns and self._usable:
+            if not self._turns and self.usable:
                 self.blocked = self._options.always_kick
                 if not self._name_service.replies:
                     self._sending.queue.notify_off()
@@ -696,7 +689,7 @@ class Bus:
         Returns:
             Whether anything was taken, or a free buffer found for one who waits.
         """
-        if not self._usable:
+        if not self.usable:
             return False
         self._looked = True
         self._asked = False
@@ -706,7 +699,7 @@ class Bus:
                 nanoseconds, self._sending if turns else None
             )
         except VirtqueueError as error:
-            self._fail(error)
+            self.fail(error)
             return True
         if bits & POLLED:
             hit = bool(bits & POLL_HIT)
@@ -734,63 +727,25 @@ class Bus:
             self._call_next()
         came = bool(messages or mixed)
         if bits & KICK or (came and self._options.always_kick):
-            self._tell(self._receive_index, wanted=bool(bits & KICK))
+            self.tell(self._receive_index, wanted=bool(bits & KICK))
         return came or bool(bits & POLL_HIT)
 
     def _deliver_mixed(self, arrivals: list[Arrival]) -> None:
+        kept_buffers = self.kept
         for arrival in arrivals:
             destination, messages, length, kept, head = arrival
             endpoint = self._endpoints.get(destination)
             if endpoint is None:
                 if kept:
-                    self._give_back([head])
+                    kept_buffers.give_back_heads([head])
                 self._deliver_elsewhere(destination, messages)
             elif kept == RETURNED:
                 endpoint.deliver(messages, length)
             else:
-                self._kept += 1
+                kept_buffers.queued += 1
                 endpoint.deliver_kept(arrival)
-        if self._kept and self._is_starved:
-            self._starved.set()
-
-    def release(self, heads: Sequence[int]) -> None:
-        """Gives buffers back that queued messages occupied."""
-        self._kept -= len(heads)
-        self._give_back(heads)
-
-    def open_held(self, head: int, length: int, source: int) -> HeldMessage:
-        """A queued message that is only in its buffer, in the hands of whoever asked."""
-        view = self._device.memory.find_pa(self._receiving.place(head), length)
-        assert view is not None, "translated before"
-        held = HeldMessage(view.toreadonly(), source, self)
-        self._in_hand[held] = head
-        self._kept -= 1
-        return held
-
-    def copy_buffer(self, head: int, length: int) -> bytes:
-        """The payload in a buffer that a queued message occupies."""
-        view = self._device.memory.find_pa(self._receiving.place(head), length)
-        assert view is not None, "translated before"
-        return bytes(view)
-
-    def give_back(self, held: HeldMessage) -> Exception | None:
-        """A held message was released. Returns why that is of no use, where the link is over."""
-        head = self._in_hand.pop(held)
-        if not self._usable:
-            return self._ended()
-        self._give_back([head])
-        return None
-
-    def choose_buffers(self, endpoint: Endpoint) -> None:
-        """Whether the buffers of further messages for an endpoint are kept has changed."""
-        if endpoint.in_place:
-            self._keep[endpoint.address] = IN_PLACE
-        elif endpoint.holds_back:
-            self._keep[endpoint.address] = KEPT
-        else:
-            self._keep.pop(endpoint.address, None)
-        if self._usable:
-            self._receiving.keep(self._keep)
+        if kept_buffers.queued:
+            kept_buffers.check_starved()
 
     def count_drops(self, **counts: int) -> None:
         """Messages were dropped, by reason of `Drops`."""
@@ -807,10 +762,8 @@ class Bus:
         if self._endpoints.get(endpoint.address) is not endpoint:
             return  # it did not go on over the present device
         self._remove(endpoint)
-        self._keep.pop(endpoint.address, None)
-        self.release(heads)
-        if self._usable:
-            self._receiving.keep(self._keep)
+        self.kept.forget(endpoint, heads)
+        if self.usable:
             self._name_service.bind_successors(endpoint)
             self._answer()
         self.call_waiting(endpoint)
@@ -829,7 +782,7 @@ class Bus:
 
     def after_sleep(self) -> None:
         """Trio woke up: what came is delivered before the first task runs."""
-        if not self._usable:
+        if not self.usable:
             return
         self.drain()
         if self._turns or self._name_service.replies:
@@ -837,21 +790,11 @@ class Bus:
 
     # Inside.
 
-    @property
-    def _is_starved(self) -> bool:
-        """Whether queued messages keep so many buffers that the peer may have no other.
-
-        How many it has is not known: not more than entries, but perhaps fewer, or some of them
-        are being built in, or a message takes several.
-        """
-        num = self._receiving.queue.layout.num
-        return self._kept > 0 and 2 * (self._kept + len(self._in_hand)) >= num
-
     def _check_usable(self) -> None:
-        if not self._usable:
-            raise self._ended()
+        if not self.usable:
+            raise self.ended()
 
-    def _ended(self) -> Exception:
+    def ended(self) -> Exception:
         return (
             trio.ClosedResourceError("the bus was closed") if self._closed else self.broken("bus")
         )
@@ -859,7 +802,7 @@ class Bus:
     def _ask_for_kicks(self) -> None:
         """From now on the peer has to kick for what comes."""
         self._asked = True
-        if not self._usable:
+        if not self.usable:
             return
         receiving, waits = self._receiving.queue, bool(self._turns or self._name_service.replies)
         try:
@@ -869,20 +812,20 @@ class Bus:
             if waits and self._sending.want_buffer():
                 there = True
         except VirtqueueError as error:
-            self._fail(error)
+            self.fail(error)
             there = True
         if there:
             # Trio has decided already how long to sleep; this wakes it.
             self._trio_token.run_sync_soon(self._look, idempotent=True)
 
     def _notified(self) -> None:
-        if self._usable:
+        if self.usable:
             self._kicks_received += 1
             self._look()
         self._check_up()
 
     def _check_up(self) -> None:
-        if self._usable and not self._device.is_up:
+        if self.usable and not self._device.is_up:
             self._device_failed(
                 PeerGoneError(
                     f"{self._device.name}: {self._peer} reset the device "
@@ -896,7 +839,7 @@ class Bus:
 
     def _look(self) -> None:
         """Handles whatever there is."""
-        if self._usable:
+        if self.usable:
             self.drain()
             if self._name_service.replies:
                 self._send_replies()
@@ -908,31 +851,7 @@ class Bus:
             self._look()
             self._check_up()
 
-    async def _give_up_unread(self) -> None:
-        while True:
-            await self._starved.wait()
-            self._starved = trio.Event()
-            generation = self._generation
-            before = {
-                endpoint: endpoint.taken
-                for endpoint in self._endpoints.values()
-                if endpoint.occupies
-            }
-            await trio.sleep(self._options.patience)
-            if not (self._usable and self._is_starved):
-                continue
-            if generation != self._generation:
-                before.clear()
-            for endpoint, taken in before.items():
-                if endpoint.occupies and endpoint.taken == taken:
-                    # As text: whoever keeps the record must not keep the bus.
-                    what = repr(endpoint)
-                    _logger.warning("%s keeps the link's buffers and is not read", what)
-                    endpoint.give_up_held()
-            if self._is_starved:
-                self._starved.set()
-
-    def _tell(self, index: int, *, wanted: bool) -> None:
+    def tell(self, index: int, *, wanted: bool) -> None:
         """Kicks for a vring where the other side wants it, or is never believed."""
         if wanted or self._options.always_kick:
             self._unwanted_kicks += not wanted
@@ -942,7 +861,7 @@ class Bus:
         try:
             self._device.kick(index)
         except OSError as error:
-            self._fail(PlatformError(f"{self._device.name}: cannot kick: {error}"))
+            self.fail(PlatformError(f"{self._device.name}: cannot kick: {error}"))
 
     def _no_buffer(self, result: int, length: int) -> bool:
         """Sorts out why a message did not go. Returns False where there is no buffer."""
@@ -958,17 +877,8 @@ class Bus:
 
     def _call_next(self) -> None:
         """Calls the first who waits for a buffer, where there is one."""
-        if self._turns and self._usable and self._sending.has_buffer():
+        if self._turns and self.usable and self._sending.has_buffer():
             self._turns[0].called.set()
-
-    def _give_back(self, heads: Sequence[int]) -> None:
-        if heads and self._usable:
-            try:
-                kick = self._receiving.release(heads)
-            except VirtqueueError as error:
-                self._fail(error)
-                return
-            self._tell(self._receive_index, wanted=kick)
 
     def _let_go(self, error: Exception) -> None:
         """The device is not ours any more, nor are the buffers that users have in hand."""
@@ -978,11 +888,9 @@ class Bus:
         self._begun = False
         self._device.on_notify = self._device.on_failure = self._device.on_detach = None
         self.transmit = transmit_closed
-        for held in self._in_hand:
-            held.take_away(error)
+        self.kept.take_away(error)
         for reservation in self._reserved:
             reservation.take_away(error)
-        self._in_hand.clear()
         self._reserved.clear()
 
     def _detached(self, cause: OpenAMPError) -> int:
@@ -991,20 +899,17 @@ class Bus:
         Returns:
             Messages that were taken and not received; their endpoints still have them.
         """
-        heads = [*self._in_hand.values()]
+        heads = self.kept.vacate()
         reserved = [head for head, _ in self._reserved.values()]
-        for endpoint in self._endpoints.values():
-            heads += endpoint.vacate()
-        self._kept = 0
         self._begun = False  # so that the device is not reset
         self._let_go(self.broken("bus", cause))
-        if self._usable:
+        if self.usable:
             for head in reserved:
                 self._sending.cancel(head)
-            self._give_back(heads)
-        if self._usable:
+            self.kept.give_back_heads(heads)
+        if self.usable:
             self._sending.leave()
-        self._fail(cause)
+        self.fail(cause)
         unread = sum(endpoint.statistics.queued for endpoint in self._endpoints.values())
         _logger.log(
             logging.WARNING if unread else logging.INFO,
@@ -1060,7 +965,7 @@ class Bus:
     def _send_replies(self) -> None:
         """Sends announcements that are due, as far as there are buffers."""
         replies = self._name_service.replies
-        while replies and self._usable:
+        while replies and self.usable:
             endpoint = next(iter(replies))
             try:
                 if not self.send_nowait(
@@ -1074,10 +979,10 @@ class Bus:
             else:
                 endpoint.was_told()
             replies.pop(endpoint, None)
-        if not self._turns and self._usable:
+        if not self._turns and self.usable:
             self._sending.queue.notify_off()
 
-    def _fail(self, cause: OpenAMPError) -> None:
+    def fail(self, cause: OpenAMPError) -> None:
         """The link is over: everyone who waits wakes with this cause."""
         if self.failure is None:
             if isinstance(cause, VirtqueueError) and self._is_begun_anew():
@@ -1087,7 +992,7 @@ class Bus:
                 cause = reset
             self.failure = cause
             self.blocked = True
-            self._usable = False
+            self.usable = False
             self._wake_all()
 
     def _is_begun_anew(self) -> bool:
@@ -1102,7 +1007,7 @@ class Bus:
             if self.failure is not None or not self._receiving.queue.pending:
                 break
             self.drain()
-        self._fail(cause)
+        self.fail(cause)
 
     def _wake_all(self) -> None:
         for endpoint in self._endpoints.values():
@@ -1110,9 +1015,9 @@ class Bus:
         for turn in self._turns:
             turn.called.set()
         self._news.unpark_all()
-        if not self._usable:
+        if not self.usable:
             for watch in self._name_service.watches:
-                watch.end(self._ended())
+                watch.end(self.ended())
 
 
 def _level(count: int) -> int:

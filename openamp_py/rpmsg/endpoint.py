@@ -624,7 +624,7 @@ class Endpoint:
                 self._queue.pop()
             self._dropped += len(self._held)
             self._bus.count_drops(unread=len(self._held))
-            self._bus.release([*self._held])
+            self._bus.kept.release([*self._held])
             self._held.clear()
         self._stop_holding_back()
         self._careful = True  # so that being read is noticed
@@ -656,7 +656,7 @@ class Endpoint:
         self._held.clear()
         for place, each in enumerate(self._queue):
             if isinstance(each, _Occupied):
-                payload = self._bus.copy_buffer(each.head, each.length)
+                payload = self._bus.kept.copy(each.head, each.length)
                 self._queue[place] = Message(payload, each.source)
                 heads.append(each.head)
         return heads
@@ -765,7 +765,7 @@ class Endpoint:
         self._taken += 1
         self._is_read()
         if isinstance(message, _Occupied):
-            with self._bus.open_held(message.head, message.length, message.source) as held:
+            with self._bus.kept.open_held(message.head, message.length, message.source) as held:
                 return Message(bytes(held.view), message.source)
         self._made_room()
         return message
@@ -775,7 +775,7 @@ class Endpoint:
         self._taken += 1
         self._is_read()
         if isinstance(message, _Occupied):
-            return self._bus.open_held(message.head, message.length, message.source)
+            return self._bus.kept.open_held(message.head, message.length, message.source)
         # It came in several pieces, of which no one view can be made, so it is a copy.
         self._made_room()
         return HeldMessage(memoryview(message.payload), message.source, None)
@@ -789,7 +789,7 @@ class Endpoint:
     def _made_room(self) -> None:
         # Each message taken lets the peer send one, or two handlers that reply could both wait.
         if self._held:
-            self._bus.release([self._held.popleft()])
+            self._bus.kept.release([self._held.popleft()])
         if self._holds_back and not self._held and len(self._queue) <= self._queue_limit // 2:
             self._stop_holding_back()
 
@@ -802,7 +802,7 @@ class Endpoint:
             self._drop(excess, newest=True)
         elif not self._holds_back:
             self._holds_back = self._careful = True
-            self._bus.choose_buffers(self)
+            self._bus.kept.choose(self)
 
     @property
     def holds_back(self) -> bool:
@@ -813,7 +813,7 @@ class Endpoint:
         if self._holds_back:
             self._holds_back = False
             self._careful = self._in_place
-            self._bus.choose_buffers(self)
+            self._bus.kept.choose(self)
 
     def _drop(self, count: int, *, newest: bool) -> None:
         if count <= 0:
@@ -824,7 +824,7 @@ class Endpoint:
         self._bus.count_drops(**{"unread" if self._unread else "full": count})
         heads = [each.head for each in dropped if isinstance(each, _Occupied)]
         copied = min(count - len(heads), len(self._held))
-        self._bus.release(heads + [self._held.pop() for _ in range(copied)])
+        self._bus.kept.release(heads + [self._held.pop() for _ in range(copied)])
 
     def _clear(self) -> list[int]:
         """Empties the queue. Returns the buffers that its messages occupied."""
