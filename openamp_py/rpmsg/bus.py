@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
 from time import perf_counter
@@ -18,22 +17,20 @@ from openamp_py.background import open_background
 from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS, RPMSG_F_NS
 from openamp_py.errors import (
     OpenAMPError,
-    PeerError,
     PeerGoneError,
     PlatformError,
     StateError,
     VirtqueueError,
 )
 from openamp_py.rpmsg.addresses import AddressSpace, check_destination
-from openamp_py.rpmsg.batch import Batch
 from openamp_py.rpmsg.endpoint import DEFAULT_QUEUE_LIMIT, Endpoint, WhenFull
 from openamp_py.rpmsg.handover import NOTHING, Handover
-from openamp_py.rpmsg.in_place import Reservation
 from openamp_py.rpmsg.kept import KeptBuffers
 from openamp_py.rpmsg.name_service import NameService
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS, BusOptions
 from openamp_py.rpmsg.polling import Polling
 from openamp_py.rpmsg.rings import TO_DEVICE, TO_DRIVER, open_rings
+from openamp_py.rpmsg.sender import Sender
 from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops
 from openamp_py.rpmsg.watch import ServiceWatch
 from openamp_py.rpmsg.wire import (
@@ -49,9 +46,7 @@ from openamp_py.virtio.message_ring import (
     POLLED,
     RETURNED,
     SEVERAL,
-    SMALL_BUFFER,
     Arrival,
-    transmit_closed,
 )
 
 # What others find here: the bus, and what is chosen about it or used in its stead.
@@ -62,14 +57,6 @@ _logger = logging.getLogger(__name__)
 # Calls that need not wait run so long (seconds) before other tasks get their turn: a scheduler
 # pass takes as long as several messages, so there must be more messages than passes.
 _SLICE = 200e-6
-
-
-class _Turn:
-    """A sender that waits for a buffer."""
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.called = trio.Event()
 
 
 class _Watch(trio.abc.Instrument):
@@ -99,11 +86,10 @@ class Bus:
 
     Attributes:
         failure: what ended the link; None while it is well.
-        blocked: nothing can be sent at once: the link failed, or others wait for a buffer.
         usable: open, and the link is well.
-        kept: the buffers that received messages keep.
-        transmit: `MessageRing.transmit` of the sending ring, for where nothing is `blocked`.
-        kick: tells the other side of what was sent, where `transmit` says so.
+        sender: its sending ring, and those who wait for a buffer of it.
+        kept: the buffers of its receiving ring that messages keep.
+        asked: the peer was asked to kick for all that is waited for, so trio can sleep.
         poll_now: nanoseconds that a task that would wait may look for something first.
         slice_end: until when (``perf_counter``) calls need not let other tasks run.
     """
@@ -117,22 +103,19 @@ class Bus:
         self._addresses = AddressSpace()
         self._name_service = NameService(self._endpoints, acknowledges=device.role is Role.DRIVER)
         self.kept = KeptBuffers(self, self._endpoints, options.patience)
-        self._turns: deque[_Turn] = deque()
-        self._reserved: dict[Reservation, tuple[int, int]] = {}
+        self.sender = Sender(self, always_kick=options.always_kick)
         self._news = trio.lowlevel.ParkingLot()
         self._counts: Counter[str] = Counter()
         self._kicks_received = self._unwanted_kicks = 0
-        self._waits = 0
         self._generation = 0
         self._past: Counter[str] = Counter()
         self._closed = self._restarting = False
         self.usable = False
         self._begun = False  # the device is up and ours
-        self._looked = self._asked = self._more = False
+        self._looked = self.asked = self._more = False
         self._trio_token = trio.lowlevel.current_trio_token()
         self._rings = AsyncExitStack()
         self.failure: OpenAMPError | None = None
-        self.blocked = False
         self.slice_end = 0.0
         self._device = device
 
@@ -158,18 +141,15 @@ class Bus:
         self._device = device
         self._past = past
         self._sending = sending
-        self.transmit = sending.transmit
         self._receiving = receiving
         driver = device.role is Role.DRIVER
-        self._send_index = TO_DEVICE if driver else TO_DRIVER
         self._receive_index = TO_DRIVER if driver else TO_DEVICE
         self._has_name_service = bool(device.features & RPMSG_F_NS)
-        self.kick = functools.partial(self._kick, self._send_index)
+        self.sender.begin(device, sending, TO_DEVICE if driver else TO_DRIVER)
         self.kept.begin(device, receiving, self._receive_index)
         self.failure = None
         self._begun = True
         self.usable = not self._closed
-        self.blocked = bool(self._turns) or self._options.always_kick
         device.on_notify = self._notified
         device.on_failure = self._device_failed
         device.on_detach = self._detached
@@ -263,11 +243,11 @@ class Bus:
             kicks_sent=rings["kicks"] + self._unwanted_kicks,
             kicks_suppressed=rings["unkicked"] - self._unwanted_kicks,
             kicks_received=self._kicks_received,
-            buffer_waits=self._waits,
+            buffer_waits=self.sender.waits,
             polls=self._polling.tried,
             poll_hits=self._polling.hits,
             held=self.kept.count,
-            reserved=len(self._reserved),
+            reserved=len(self.sender.reserved),
             drops=self.drops,
         )
 
@@ -488,7 +468,7 @@ class Bus:
                 raise trio.ClosedResourceError("the bus was closed")
         except BaseException:
             self.failure = failure
-            self.blocked = True
+            self.sender.blocked = True
             self.usable = False
             raise
         finally:
@@ -514,7 +494,26 @@ class Bus:
             self._let_go(trio.ClosedResourceError("the bus was closed"))
         await trio.lowlevel.cancel_shielded_checkpoint()
 
-    # What follows is for the endpoints.
+    # What follows is for the endpoints, and for what the bus consists of.
+
+    def fail(self, cause: OpenAMPError) -> None:
+        """The link is over: everyone who waits wakes with this cause."""
+        if self.failure is None:
+            if isinstance(cause, VirtqueueError) and self._is_begun_anew():
+                what = f"{self._device.name}: the driver reset the device, and began anew"
+                reset = PeerGoneError(what)
+                reset.__cause__ = cause
+                cause = reset
+            self.failure = cause
+            self.sender.blocked = True
+            self.usable = False
+            self._wake_all()
+
+    def ended(self) -> Exception:
+        """The error for a user of a bus that is not `usable`."""
+        return (
+            trio.ClosedResourceError("the bus was closed") if self._closed else self.broken("bus")
+        )
 
     def broken(self, what: str, failure: OpenAMPError | None = None) -> trio.BrokenResourceError:
         """The error for a user of a link that failed, with the failure as its cause."""
@@ -539,146 +538,29 @@ class Bus:
         """A task that uses the bus was asleep: other tasks had their turn."""
         self.slice_end = perf_counter() + _SLICE
 
-    def send_nowait(
-        self, source: int, destination: int, payload: bytes, *, has_turn: bool = False
-    ) -> bool:
-        """Sends a message now, unless others wait for a buffer. Returns whether it went."""
-        if self.failure is not None or (self._turns and not has_turn):
-            return False
-        try:
-            result = self._sending.send(source, destination, payload)
-        except VirtqueueError as error:
-            self.fail(error)
-            raise self.broken("send") from self.failure
-        if result < 0:
-            return self._no_buffer(result, len(payload))
-        self.tell(self._send_index, wanted=bool(result))
-        return True
-
-    def send_batch(
-        self,
-        source: int,
-        destination: int,
-        batch: Batch,
-        count: Callable[[int, int], None],
-        *,
-        has_turn: bool = False,
-    ) -> bool:
-        """Sends what can be sent of a batch now. Returns whether all of it went.
-
-        Args:
-            count: called with the number of messages that went, and their bytes.
-        """
-        while not batch.is_done:
-            if self.failure is not None or (self._turns and not has_turn):
-                return False
-            try:
-                sent, kick = self._sending.send_many(
-                    source, destination, batch.data, batch.lengths, batch.done, batch.offset
-                )
-            except VirtqueueError as error:
-                self.fail(error)
-                raise self.broken("send") from self.failure
-            if sent < 0:
-                return self._no_buffer(sent, len(batch.payloads[batch.done]))
-            count(sent, batch.went(sent))
-            self.tell(self._send_index, wanted=kick)
-        return True
-
-    def reserve(
-        self, source: int, length: int | None, *, has_turn: bool = False
-    ) -> Reservation | None:
-        """A buffer to build a message in, or None when none is free."""
-        if self.failure is not None or (self._turns and not has_turn):
-            return None
-        ring = self._sending
-        try:
-            head, place, capacity = ring.reserve()
-        except VirtqueueError as error:
-            self.fail(error)
-            raise self.broken("reserve") from self.failure
-        if head < 0:
-            self._no_buffer(head, length or 0)
-            return None
-        size = capacity if length is None else length
-        if size > capacity:
-            ring.cancel(head)
-            self._no_buffer(SMALL_BUFFER, size)
-        view = self._device.memory.find_pa(place, capacity)
-        assert view is not None, "translated before"
-        reservation = Reservation(view, size, self)
-        self._reserved[reservation] = (head, source)
-        return reservation
-
-    def commit(self, reservation: Reservation, destination: int) -> None:
-        """Sends a reserved buffer."""
-        head, source = self._reserved.pop(reservation)
-        try:
-            kick = self._sending.commit(head, source, destination, reservation.length)
-        except VirtqueueError as error:
-            self.fail(error)
-            raise self.broken("send") from self.failure
-        self.tell(self._send_index, wanted=kick)
-
-    def cancel(self, reservation: Reservation) -> None:
-        """Makes a reserved buffer free again."""
-        head, _ = self._reserved.pop(reservation)
-        self._sending.cancel(head)
-        self._call_next()
-
-    async def wait_for_buffers(
-        self, endpoint: Endpoint, attempt: Callable[[], bool], *, peer: int | None = None
-    ) -> bool:
-        """Waits for buffers, behind those who wait already, until `attempt` says it is done.
-
-        Args:
-            peer: give up as soon as this is not the endpoint's peer any more.
-
-        Returns:
-            Whether it is done.
-
-        Cancellation: what `attempt` did is done.
-        """
-        turn = _Turn(endpoint)
-        generation = self._generation
-        self._turns.append(turn)
-        self.blocked = True
-        self._asked = False
-        self._waits += 1
-        try:
-            while True:
-                endpoint.check_usable()
-                self.check_generation(generation)
-                if peer is not None and endpoint.destination != peer:
-                    return False
-                if self._turns[0] is turn and (
-                    attempt() or (self.drain(self.poll_now) and attempt())
-                ):
-                    return True
-                endpoint.check_usable()
-                turn.called = trio.Event()
-                await turn.called.wait()
-                self.begin_slice()
-        finally:
-            self._turns.remove(turn)
-            if not self._turns and self.usable:
-                self.blocked = self._options.always_kick
-                if not self._name_service.replies:
-                    self._sending.queue.notify_off()
-            self._call_next()
-
-    def call_waiting(self, endpoint: Endpoint) -> None:
-        """Something changed for an endpoint: its senders that wait have to look."""
-        for turn in self._turns:
-            if turn.endpoint is endpoint:
-                turn.called.set()
-
     def check_generation(self, generation: int) -> None:
         """Raises where the bus went on over a new device since."""
         if generation != self._generation:
             raise trio.BrokenResourceError("the other side was restarted meanwhile") from (
                 PeerGoneError("the other side was restarted")
             )
+
+    def tell(self, index: int, *, wanted: bool) -> None:
+        """Kicks for a vring where the other side wants it, or is never believed."""
+        if wanted or self._options.always_kick:
+            self._unwanted_kicks += not wanted
+            self.kick(index)
+
+    def kick(self, index: int) -> None:
+        try:
+            self._device.kick(index)
+        except OSError as error:
+            self.fail(PlatformError(f"{self._device.name}: cannot kick: {error}"))
+
+    def hush(self) -> None:
+        """Somebody found the buffers he waited for: notifications of them may be of no use now."""
+        if self.usable and not (self.sender.turns or self._name_service.replies):
+            self._sending.queue.notify_off()
 
     def drain(self, nanoseconds: int = 0) -> bool:
         """Takes what has come in, as much as one call takes, and delivers it.
@@ -692,8 +574,8 @@ class Bus:
         if not self.usable:
             return False
         self._looked = True
-        self._asked = False
-        turns = self._turns
+        self.asked = False
+        turns = self.sender.turns
         try:
             bits, destination, length, messages, mixed = self._receiving.take(
                 nanoseconds, self._sending if turns else None
@@ -724,7 +606,7 @@ class Bus:
         elif mixed:
             self._deliver_mixed(mixed)
         if turns:
-            self._call_next()
+            self.sender.call_next()
         came = bool(messages or mixed)
         if bits & KICK or (came and self._options.always_kick):
             self.tell(self._receive_index, wanted=bool(bits & KICK))
@@ -766,7 +648,7 @@ class Bus:
         if self.usable:
             self._name_service.bind_successors(endpoint)
             self._answer()
-        self.call_waiting(endpoint)
+        self.sender.call(endpoint)
 
     # What follows is for _Watch.
 
@@ -774,7 +656,7 @@ class Bus:
         """Trio looks for events now, and sleeps for up to `timeout` seconds."""
         if not self.poll_now and self._polling.wants():
             self.poll_now = self._poll_nanoseconds
-        if self._asked:
+        if self.asked:
             return
         if timeout > 0 or not self._looked:
             self._ask_for_kicks()
@@ -785,7 +667,7 @@ class Bus:
         if not self.usable:
             return
         self.drain()
-        if self._turns or self._name_service.replies:
+        if self.sender.turns or self._name_service.replies:
             self._look()
 
     # Inside.
@@ -794,21 +676,17 @@ class Bus:
         if not self.usable:
             raise self.ended()
 
-    def ended(self) -> Exception:
-        return (
-            trio.ClosedResourceError("the bus was closed") if self._closed else self.broken("bus")
-        )
-
     def _ask_for_kicks(self) -> None:
         """From now on the peer has to kick for what comes."""
-        self._asked = True
+        self.asked = True
         if not self.usable:
             return
-        receiving, waits = self._receiving.queue, bool(self._turns or self._name_service.replies)
+        receiving = self._receiving.queue
         try:
             # Where it has been asked already, it has kicked for all that came after the last look,
             # but for what was too much for that.
             there = receiving.notify_on() if receiving.is_quiet else self._more
+            waits = self.sender.turns or self._name_service.replies
             if waits and self._sending.want_buffer():
                 there = True
         except VirtqueueError as error:
@@ -843,42 +721,13 @@ class Bus:
             self.drain()
             if self._name_service.replies:
                 self._send_replies()
-            self._call_next()
+            self.sender.call_next()
 
     async def _recheck(self, seconds: float) -> None:
         while True:
             await trio.sleep(seconds)
             self._look()
             self._check_up()
-
-    def tell(self, index: int, *, wanted: bool) -> None:
-        """Kicks for a vring where the other side wants it, or is never believed."""
-        if wanted or self._options.always_kick:
-            self._unwanted_kicks += not wanted
-            self._kick(index)
-
-    def _kick(self, index: int) -> None:
-        try:
-            self._device.kick(index)
-        except OSError as error:
-            self.fail(PlatformError(f"{self._device.name}: cannot kick: {error}"))
-
-    def _no_buffer(self, result: int, length: int) -> bool:
-        """Sorts out why a message did not go. Returns False where there is no buffer."""
-        if result != SMALL_BUFFER:
-            return False
-        if length > self.payload_limit:
-            raise ValueError(f"payload of {length} bytes; the limit is {self.payload_limit} bytes")
-        raise trio.BrokenResourceError("send") from PeerError(
-            f"{self._device.name}: the driver lent a buffer that is too small for "
-            f"{length} bytes of payload; this side was told of "
-            f"{self._sending.buffer_size} bytes with header"
-        )
-
-    def _call_next(self) -> None:
-        """Calls the first who waits for a buffer, where there is one."""
-        if self._turns and self.usable and self._sending.has_buffer():
-            self._turns[0].called.set()
 
     def _let_go(self, error: Exception) -> None:
         """The device is not ours any more, nor are the buffers that users have in hand."""
@@ -887,11 +736,8 @@ class Bus:
                 self._device.end()
         self._begun = False
         self._device.on_notify = self._device.on_failure = self._device.on_detach = None
-        self.transmit = transmit_closed
+        self.sender.take_away(error)
         self.kept.take_away(error)
-        for reservation in self._reserved:
-            reservation.take_away(error)
-        self._reserved.clear()
 
     def _detached(self, cause: OpenAMPError) -> int:
         """The device goes on without us: all its buffers go back to it.
@@ -900,7 +746,7 @@ class Bus:
             Messages that were taken and not received; their endpoints still have them.
         """
         heads = self.kept.vacate()
-        reserved = [head for head, _ in self._reserved.values()]
+        reserved = self.sender.reserved
         self._begun = False  # so that the device is not reset
         self._let_go(self.broken("bus", cause))
         if self.usable:
@@ -959,7 +805,7 @@ class Bus:
     def _answer(self) -> None:
         """Endpoints may have been bound: sends what is due for that."""
         if self._name_service.replies:
-            self._asked = False
+            self.asked = False
             self._send_replies()
 
     def _send_replies(self) -> None:
@@ -968,7 +814,7 @@ class Bus:
         while replies and self.usable:
             endpoint = next(iter(replies))
             try:
-                if not self.send_nowait(
+                if not self.sender.send_nowait(
                     endpoint.address, NAME_SERVICE_ADDRESS, endpoint.announcement(), has_turn=True
                 ):
                     return  # and the peer is asked for a notification
@@ -979,21 +825,7 @@ class Bus:
             else:
                 endpoint.was_told()
             replies.pop(endpoint, None)
-        if not self._turns and self.usable:
-            self._sending.queue.notify_off()
-
-    def fail(self, cause: OpenAMPError) -> None:
-        """The link is over: everyone who waits wakes with this cause."""
-        if self.failure is None:
-            if isinstance(cause, VirtqueueError) and self._is_begun_anew():
-                what = f"{self._device.name}: the driver reset the device, and began anew"
-                reset = PeerGoneError(what)
-                reset.__cause__ = cause
-                cause = reset
-            self.failure = cause
-            self.blocked = True
-            self.usable = False
-            self._wake_all()
+        self.hush()
 
     def _is_begun_anew(self) -> bool:
         """Device: whether the driver was reset and came up again before this side saw it."""
@@ -1012,8 +844,7 @@ class Bus:
     def _wake_all(self) -> None:
         for endpoint in self._endpoints.values():
             endpoint.wake()
-        for turn in self._turns:
-            turn.called.set()
+        self.sender.call_all()
         self._news.unpark_all()
         if not self.usable:
             for watch in self._name_service.watches:

@@ -99,6 +99,7 @@ class Endpoint:
         self.address = address
         self.when_full = when_full
         self._bus = bus
+        self._sender = bus.sender
         self._given_destination = destination
         self._destination = destination
         self._wants_announcing = announces
@@ -230,16 +231,16 @@ class Endpoint:
 
         Cancellation: some may have been sent: `statistics.sent` tells how many.
         """
-        bus = self._bus
+        sender = self._sender
         batch = Batch(self._check_payloads(payloads))
-        await bus.pause()
+        await self._bus.pause()
         while not batch.is_done:
             destination = await self._wait_peer()
-            if not bus.send_batch(self.address, destination, batch, self._count_sent):
+            if not sender.send_batch(self.address, destination, batch, self._count_sent):
                 self._waits += 1
-                await bus.wait_for_buffers(
+                await sender.wait_for_buffers(
                     self,
-                    lambda peer=destination: bus.send_batch(  # type: ignore[misc]
+                    lambda peer=destination: sender.send_batch(  # type: ignore[misc]
                         self.address, peer, batch, self._count_sent, has_turn=True
                     ),
                     peer=destination,
@@ -278,7 +279,7 @@ class Endpoint:
         destination = self._peer_nowait()
         before = self._sent
         batch = Batch(parts)
-        self._bus.send_batch(self.address, destination, batch, self._count_sent)
+        self._sender.send_batch(self.address, destination, batch, self._count_sent)
         sent = self._sent - before
         if parts and not sent:
             raise trio.WouldBlock(f"{self!r}: no buffer is free")
@@ -301,7 +302,7 @@ class Endpoint:
         found: list[Reservation] = []
 
         def attempt(*, has_turn: bool = True) -> bool:
-            reservation = self._bus.reserve(self.address, length, has_turn=has_turn)
+            reservation = self._sender.reserve(self.address, length, has_turn=has_turn)
             if reservation is not None:
                 found.append(reservation)
             return reservation is not None
@@ -310,7 +311,7 @@ class Endpoint:
             peer = await self._wait_peer()
             if not attempt(has_turn=False):
                 self._waits += 1
-                await self._bus.wait_for_buffers(self, attempt, peer=peer)
+                await self._sender.wait_for_buffers(self, attempt, peer=peer)
         (reservation,) = found
         with contextlib.closing(reservation):
             yield reservation
@@ -323,7 +324,7 @@ class Endpoint:
         """As `reserve`, for a `with` block; raises what `send_nowait` does."""
         self._check_length(length)
         self._peer_nowait()
-        reservation = self._bus.reserve(self.address, length)
+        reservation = self._sender.reserve(self.address, length)
         if reservation is None:
             raise trio.WouldBlock(f"{self!r}: no buffer is free")
         with contextlib.closing(reservation):
@@ -572,7 +573,7 @@ class Endpoint:
         if self._given_destination == ADDRESS_ANY:
             self._destination = ADDRESS_ANY
             self._withdrawn = not self._rebind
-            self._bus.call_waiting(self)
+            self._sender.call(self)
             self.wake()
 
     def deliver(self, messages: Sequence[Message | _Occupied], length: int) -> None:
@@ -878,24 +879,24 @@ class Endpoint:
 
     def _send_now(self, data: bytes, source: int, destination: int) -> None:
         self.check_usable()
-        if not self._bus.send_nowait(source, destination, data):
+        if not self._sender.send_nowait(source, destination, data):
             raise trio.WouldBlock(f"{self!r}: no buffer is free")
         self._count_sent(1, len(data))
 
     def _transmit(self, payload: Payload, destination: int) -> bool:
         """Sends the way of nearly every message. Returns whether it went; if not, `_send` sorts
         out why."""
-        bus = self._bus
-        if type(payload) is not bytes or self._over or bus.blocked:
+        sender = self._sender
+        if type(payload) is not bytes or self._over or sender.blocked:
             return False
         if not 0 <= destination < ADDRESS_ANY:
             return False
         length = len(payload)
-        result = bus.transmit(self.address, destination, payload, length)
+        result = sender.transmit(self.address, destination, payload, length)
         if result < 0:
             return False
         if result:
-            bus.kick()
+            sender.kick()
         self._sent += 1
         self._sent_bytes += length
         return True
@@ -911,12 +912,12 @@ class Endpoint:
     ) -> bool:
         """Returns whether it went: not where it is for the peer, and that went or changed."""
         self.check_usable()
-        bus = self._bus
-        if not bus.send_nowait(source, destination, data):
+        sender = self._sender
+        if not sender.send_nowait(source, destination, data):
             self._waits += 1
-            went = await bus.wait_for_buffers(
+            went = await sender.wait_for_buffers(
                 self,
-                lambda: bus.send_nowait(source, destination, data, has_turn=True),
+                lambda: sender.send_nowait(source, destination, data, has_turn=True),
                 peer=destination if to_peer else None,
             )
             if not went:
