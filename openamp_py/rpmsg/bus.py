@@ -15,13 +15,7 @@ import trio
 
 from openamp_py.background import open_background
 from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS, RPMSG_F_NS
-from openamp_py.errors import (
-    OpenAMPError,
-    PeerGoneError,
-    PlatformError,
-    StateError,
-    VirtqueueError,
-)
+from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError, StateError, VirtqueueError
 from openamp_py.rpmsg.addresses import AddressSpace, check_destination
 from openamp_py.rpmsg.endpoint import DEFAULT_QUEUE_LIMIT, Endpoint, WhenFull
 from openamp_py.rpmsg.handover import NOTHING, Handover
@@ -31,23 +25,11 @@ from openamp_py.rpmsg.options import DEFAULT_OPTIONS, BusOptions
 from openamp_py.rpmsg.polling import Polling
 from openamp_py.rpmsg.rings import TO_DEVICE, TO_DRIVER, open_rings
 from openamp_py.rpmsg.sender import Sender
-from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops
+from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops, count_rings
 from openamp_py.rpmsg.watch import ServiceWatch
-from openamp_py.rpmsg.wire import (
-    Announcement,
-    Channel,
-    check_name,
-)
+from openamp_py.rpmsg.wire import Announcement, Channel, check_name
 from openamp_py.virtio import Message, Role, VirtioDevice
-from openamp_py.virtio.message_ring import (
-    KICK,
-    MORE,
-    POLL_HIT,
-    POLLED,
-    RETURNED,
-    SEVERAL,
-    Arrival,
-)
+from openamp_py.virtio.message_ring import KICK, MORE, POLL_HIT, POLLED, RETURNED, SEVERAL, Arrival
 
 # What others find here: the bus, and what is chosen about it or used in its stead.
 __all__ = ["DEFAULT_OPTIONS", "Bus", "BusOptions", "open_bus", "open_rings"]
@@ -83,6 +65,10 @@ class Bus:
     Made by `open_bus`. Notifications are handled in the task that listens to the doorbell, a
     receiver looks into the ring before it sleeps, and both rings are looked at when trio wakes.
     All its users share one trio thread.
+
+    It takes what comes to where it belongs, and lives through failures and new devices. What goes
+    out is the work of its `Sender`, buffers that messages stay in of its `KeptBuffers`, who talks
+    with whom of its `NameService`.
 
     Attributes:
         failure: what ended the link; None while it is well.
@@ -253,18 +239,7 @@ class Bus:
 
     def _count_rings(self) -> Counter[str]:
         """What the rings counted, those of former devices included."""
-        sending, receiving = self._sending, self._receiving
-        (kicks, unkicked), (more_kicks, more_unkicked) = sending.kicks, receiving.kicks
-        return self._past + Counter(
-            sent=sending.messages,
-            sent_bytes=sending.payload_bytes,
-            received=receiving.messages,
-            received_bytes=receiving.payload_bytes,
-            kicks=kicks + more_kicks,
-            unkicked=unkicked + more_unkicked,
-            bad_length=receiving.bad_length,
-            bad_source=receiving.bad_source,
-        )
+        return self._past + count_rings(self._sending, self._receiving)
 
     def dump(self) -> BusDump:
         """Everything about it at this moment, for a bug report: print it, or `to_json`."""
@@ -552,6 +527,7 @@ class Bus:
             self.kick(index)
 
     def kick(self, index: int) -> None:
+        """Kicks for a vring; where that is not possible the link is over."""
         try:
             self._device.kick(index)
         except OSError as error:
@@ -633,11 +609,7 @@ class Bus:
         """Messages were dropped, by reason of `Drops`."""
         for reason, count in counts.items():
             if count:
-                _logger.log(
-                    _level(self._counts[reason]),
-                    "%s: dropped %d messages: %s", self._device.name, count, reason,
-                )  # fmt: skip
-                self._counts[reason] += count
+                self._count_drops(reason, count, "dropped %d messages: %s", count, reason)
 
     def forget(self, endpoint: Endpoint, heads: Sequence[int]) -> None:
         """An endpoint was closed; `heads` are the buffers its messages occupied."""
@@ -776,12 +748,10 @@ class Bus:
             for message in messages:
                 self._handle_announcement(message.payload)
             return
-        count = self._counts["unknown_destination"]
-        self._counts["unknown_destination"] += len(messages)
-        _logger.log(
-            _level(count),
-            "%s: dropped a message of %d bytes from %#x: nobody listens at %#x",
-            self._device.name,
+        self._count_drops(
+            "unknown_destination",
+            len(messages),
+            "dropped a message of %d bytes from %#x: nobody listens at %#x",
             len(messages[0].payload),
             messages[0].source,
             destination,
@@ -796,11 +766,13 @@ class Bus:
         self._news.unpark_all()
 
     def _refuse_announcement(self, what: str, why: str) -> None:
-        count = self._counts["bad_announcement"]
-        self._counts["bad_announcement"] += 1
-        _logger.log(
-            _level(count), "%s: announcement of %s refused: %s", self._device.name, what, why
-        )
+        self._count_drops("bad_announcement", 1, "announcement of %s refused: %s", what, why)
+
+    def _count_drops(self, reason: str, count: int, text: str, *values: object) -> None:
+        # The first of its kind is worth a warning; a peer must not be able to flood the log.
+        level = logging.DEBUG if self._counts[reason] else logging.WARNING
+        _logger.log(level, f"%s: {text}", self._device.name, *values)
+        self._counts[reason] += count
 
     def _answer(self) -> None:
         """Endpoints may have been bound: sends what is due for that."""
@@ -849,11 +821,6 @@ class Bus:
         if not self.usable:
             for watch in self._name_service.watches:
                 watch.end(self.ended())
-
-
-def _level(count: int) -> int:
-    """The first of its kind is worth a warning; a peer must not be able to flood the log."""
-    return logging.DEBUG if count else logging.WARNING
 
 
 @asynccontextmanager

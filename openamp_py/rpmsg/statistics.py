@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from openamp_py.rpmsg.wire import Channel
+from openamp_py.virtio import MessageRing
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,21 @@ class BusDump:
         # A peer's name may be anything, also what a terminal obeys.
         lines += [f"  {channel.name!r} at {channel.address:#x}" for channel in self.channels]
         return "\n".join(lines)
+
+
+def count_rings(sending: MessageRing, receiving: MessageRing) -> Counter[str]:
+    """What the rings of one device counted, in words of `BusStatistics` and `Drops`."""
+    (kicks, unkicked), (more_kicks, more_unkicked) = sending.kicks, receiving.kicks
+    return Counter(
+        sent=sending.messages,
+        sent_bytes=sending.payload_bytes,
+        received=receiving.messages,
+        received_bytes=receiving.payload_bytes,
+        kicks=kicks + more_kicks,
+        unkicked=unkicked + more_unkicked,
+        bad_length=receiving.bad_length,
+        bad_source=receiving.bad_source,
+    )
 
 
 def _fields(value: Any) -> str:
