@@ -602,8 +602,8 @@ class Bus:
             else:
                 kept_buffers.queued += 1
                 endpoint.deliver_kept(arrival)
-        if kept_buffers.queued:
-            kept_buffers.check_starved()
+        if kept_buffers.queued and kept_buffers.is_starved:
+            kept_buffers.begin_patience()
 
     def count_drops(self, **counts: int) -> None:
         """Messages were dropped, by reason of `Drops`."""

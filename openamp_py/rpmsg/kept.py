@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from openamp_py.rpmsg.endpoint import Endpoint
     from openamp_py.virtio import MessageRing, VirtioDevice
 
-_logger: Final = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class KeptBuffers:
@@ -72,7 +72,7 @@ class KeptBuffers:
                 if endpoint.occupies
             }
             await trio.sleep(self._patience)
-            if not (self._bus.usable and self._is_starved):
+            if not (self._bus.usable and self.is_starved):
                 continue
             if generation != self._bus.generation:
                 before.clear()
@@ -82,22 +82,22 @@ class KeptBuffers:
                     what = repr(endpoint)
                     _logger.warning("%s keeps the link's buffers and is not read", what)
                     endpoint.give_up_held()
-            self.check_starved()
+            if self.is_starved:
+                self.begin_patience()
 
-    def check_starved(self) -> None:
-        """More are kept: those that are not read have to give up, if it stays like that."""
-        if self._is_starved:
-            self._starved.set()
+    def begin_patience(self) -> None:
+        """It `is_starved`: who is not read from now on has to give up, if it stays like that."""
+        self._starved.set()
 
     @property
-    def _is_starved(self) -> bool:
+    def is_starved(self) -> bool:
         """Whether queued messages keep so many buffers that the peer may have no other.
 
         How many it has is not known: not more than entries, but perhaps fewer, or some of them
         are being built in, or a message takes several.
         """
         num = self._ring.queue.layout.num
-        return self.queued > 0 and 2 * self.count >= num
+        return self.queued > 0 and 2 * (self.queued + len(self._held)) >= num
 
     @property
     def count(self) -> int:
