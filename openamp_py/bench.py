@@ -65,8 +65,8 @@ from openamp_py.remoteproc import (
 )
 from openamp_py.remoteproc.sources import Image
 from openamp_py.rpmsg import Bus, BusOptions, Endpoint, open_bus
-from openamp_py.rpmsg.bus import open_rings
 from openamp_py.rpmsg.polling import DEFAULT_POLLING
+from openamp_py.rpmsg.rings import open_rings
 from openamp_py.session import CORES, open_session
 from openamp_py.virtio.message_ring import BATCH
 from openamp_py.virtio.yardstick import NUMBER_SIZE, Yardstick

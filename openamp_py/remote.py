@@ -13,7 +13,7 @@ from openamp_py.constants import VIRTIO_ID_RPMSG
 from openamp_py.errors import OpenAMPError, PeerGoneError, ResourceTableError
 from openamp_py.remoteproc import Link, Resources, open_resources
 from openamp_py.rpmsg import Bus, BusOptions, open_bus
-from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
+from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 
 _logger = logging.getLogger(__name__)
 

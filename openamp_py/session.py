@@ -40,8 +40,8 @@ from openamp_py.rpmsg import (
     encode_handover,
     open_bus,
 )
-from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
 from openamp_py.rpmsg.handover import NOTHING
+from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 from openamp_py.rpmsg.wire import SHUTDOWN_REQUEST
 from openamp_py.virtio import Role
 from openamp_py.watchdog import Watchdog, open_heartbeat

@@ -30,7 +30,7 @@ from openamp_py import (
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
 from openamp_py.platforms.demo import TABLE, python_firmware
-from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
+from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 
 CORES = ("loopback", "process", "native")
 

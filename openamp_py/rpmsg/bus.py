@@ -32,8 +32,6 @@ from openamp_py.virtio import Message, Role, VirtioDevice
 from openamp_py.virtio.message_ring import KICK, MORE, POLL_HIT, POLLED, RETURNED, SEVERAL, Arrival
 
 # What others find here: the bus, and what is chosen about it or used in its stead.
-__all__ = ["DEFAULT_OPTIONS", "Bus", "BusOptions", "open_bus", "open_rings"]
-
 _logger = logging.getLogger(__name__)
 
 # Calls that need not wait run so long (seconds) before other tasks get their turn: a scheduler

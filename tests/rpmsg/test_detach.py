@@ -32,12 +32,12 @@ from openamp_py.background import open_background
 from openamp_py.constants import RPMSG_F_NS, VIRTIO_RING_F_EVENT_IDX
 from openamp_py.errors import DetachedError
 from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
-from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
 from openamp_py.rpmsg.handover import (
     NOTHING,
     decode_handover_untrusted,
     encode_handover,
 )
+from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 
 NAME = "test-service"
 NUM = 8

@@ -41,7 +41,7 @@ from openamp_py import (
 from openamp_py.constants import RPMSG_F_NS
 from openamp_py.platforms.demo import python_firmware
 from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
-from openamp_py.rpmsg.bus import DEFAULT_OPTIONS
+from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 from openamp_py.session import Session
 
 NAME = "test-service"
