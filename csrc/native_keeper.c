@@ -167,6 +167,8 @@ static bool serve_host(void)
 
     if (received < 0 && (errno == EAGAIN || errno == EINTR))
         return false;
+    if (received < 0 && errno == ECONNRESET)
+        return true; /* told once, before what the host said last: it may have taken the core back */
     if (received < (ssize_t)sizeof order.header || received > (ssize_t)sizeof order ||
         order.header.version != PROTOCOL_VERSION) {
         host_gone();
@@ -246,7 +248,11 @@ static int open_pidfd(pid_t pid)
 static void start_core(char **argv)
 {
     const pid_t keeper = getpid();
+    int news[2]; /* closed by the core's exec, or tells why there was none */
+    int error;
 
+    if (pipe2(news, O_CLOEXEC) != 0)
+        failed("a pipe");
     core = fork();
     if (core < 0)
         failed("the core's process");
@@ -259,8 +265,16 @@ static void start_core(char **argv)
         for (char **argument = &argv[ARG_CORE]; (*argument = argument[1]) != NULL; argument++)
             ;
         (void)execv(argv[ARG_MEMORY - 1], &argv[ARG_MEMORY - 1]);
+        error = errno;
+        (void)!write(news[1], &error, sizeof error);
         _exit(127);
     }
+    (void)close(news[1]);
+    if (read(news[0], &error, sizeof error) == sizeof error) {
+        errno = error;
+        failed(argv[ARG_CORE]);
+    }
+    (void)close(news[0]);
 }
 
 static void become_daemon(void)
