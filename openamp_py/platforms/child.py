@@ -12,6 +12,7 @@ from pathlib import Path
 import trio
 
 from openamp_py.errors import CoreCrashedError, PeerGoneError, PlatformError
+from openamp_py.memory import SharedMemory
 from openamp_py.platforms.doorbell import Doorbell, DoorbellLink
 from openamp_py.remoteproc.platform import Core
 
@@ -110,6 +111,20 @@ def is_stopped(pid: int) -> bool:
     if not states:
         raise ProcessLookupError
     return states <= {"T", "t"}
+
+
+def create_memory(name: str, size: int) -> SharedMemory:
+    """New memory to share with a process.
+
+    Raises:
+        PlatformError: there are no descriptors or no room left.
+    """
+    try:
+        return SharedMemory.create(name, size)
+    except OSError as error:
+        raise PlatformError(
+            f"shared memory of {size:#x} bytes cannot be made: {error.strerror or error}"
+        ) from error
 
 
 def spawn(

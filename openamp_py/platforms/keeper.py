@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import signal
 import socket
@@ -23,8 +24,8 @@ import trio
 
 from openamp_py import firmware as shipped
 from openamp_py.errors import CoreDiedError, PlatformError
-from openamp_py.memory import MemoryMap, SharedMemory
-from openamp_py.platforms.child import SignalledCore, is_stopped, spawn
+from openamp_py.memory import MemoryMap
+from openamp_py.platforms.child import SignalledCore, create_memory, is_stopped, spawn
 from openamp_py.platforms.doorbell import Doorbell, create_pair
 from openamp_py.platforms.report import REPORT_SIZE, judge
 
@@ -113,7 +114,7 @@ class Handover:
         self.control.close()
 
 
-def start_keeper(path: str, memory: int, entry: int, window: str) -> Handover:
+async def start_keeper(path: str, memory: int, entry: int, window: str) -> Handover:
     """Starts a keeper, and it the core; the core ends with this process until it is left.
 
     Args:
@@ -125,6 +126,18 @@ def start_keeper(path: str, memory: int, entry: int, window: str) -> Handover:
     Raises:
         PlatformError: something runs there already, or cannot be started.
     """
+    control = _spawn_keeper(path, memory, entry, window)
+    try:
+        # Shielded: who is cancelled gets a core all the same, and can see to its end.
+        with trio.CancelScope(shield=True):
+            handover = await _receive_hello(control, path)
+    except BaseException:
+        control.close()  # the keeper ends, and frees the path
+        raise
+    return handover
+
+
+def _spawn_keeper(path: str, memory: int, entry: int, window: str) -> socket.socket:
     programs = shipped.path("native-keeper"), shipped.path("native-core")
     with contextlib.ExitStack() as failing, contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(path))
@@ -135,11 +148,12 @@ def start_keeper(path: str, memory: int, entry: int, window: str) -> Handover:
             raise PlatformError(f"the core's keeper: {error.strerror}") from error
         failing.enter_context(control)
         stack.enter_context(theirs)
+        control.setblocking(False)
         doorbells = create_pair()
         for doorbell in doorbells:
             stack.enter_context(doorbell)
         # Memory of just its size: still there after any death, and never more than that.
-        report = SharedMemory.create("openamp-report", REPORT_SIZE)
+        report = create_memory("openamp-report", REPORT_SIZE)
         stack.callback(report.close)
         descriptors = [
             listener.fileno(),
@@ -160,14 +174,12 @@ def start_keeper(path: str, memory: int, entry: int, window: str) -> Handover:
             ],
             pass_fds=descriptors,
         )
-        stack.callback(process.wait)  # it ends as soon as it has forked the keeper
-        theirs.close()
-        handover = _receive_hello(control, path)
-        failing.pop_all()
-        return handover
+        process.wait()  # it ends as soon as it has forked the keeper
+        failing.pop_all()  # the path is the keeper's now
+        return control
 
 
-def connect_keeper(path: str) -> tuple[Handover, Description, bytes]:
+async def connect_keeper(path: str) -> tuple[Handover, Description, bytes]:
     """Asks a keeper for its core. Until the core is taken, to close the handover changes nothing.
 
     Returns:
@@ -177,10 +189,10 @@ def connect_keeper(path: str) -> tuple[Handover, Description, bytes]:
         PlatformError: there is none, or it has another host, or it is none of ours.
     """
     with contextlib.ExitStack() as failing:
-        control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        failing.enter_context(control)
-        control.setblocking(False)
         try:
+            control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            failing.enter_context(control)
+            control.setblocking(False)
             control.connect(path)
         except (FileNotFoundError, ConnectionRefusedError):
             raise PlatformError(f"no core was left running at {path}") from None
@@ -195,7 +207,7 @@ def connect_keeper(path: str) -> tuple[Handover, Description, bytes]:
             raise PlatformError(
                 f"the core at {path} belongs to user {owner}; this is user {os.geteuid()}"
             )
-        handover = _receive_hello(control, path)
+        handover = await _receive_hello(control, path)
         failing.pop_all()
         failing.callback(handover.close)
         try:
@@ -213,23 +225,21 @@ def _not_ours(path: str, why: str) -> PlatformError:
     return PlatformError(f"what listens at {path} is no keeper of ours: {why}")
 
 
-def _receive_hello(control: socket.socket, path: str) -> Handover:
-    """The keeper's first message, checked. Waits for it here: it is there at once, or never.
+async def _receive_hello(control: socket.socket, path: str) -> Handover:
+    """The keeper's first message, checked.
 
     Raises:
         PlatformError: it has none for us; `control` is still open.
     """
     room = socket.CMSG_LEN(_HANDED * 4)
-    control.settimeout(_ANSWER_TIME)
+    with trio.move_on_after(_ANSWER_TIME) as waiting:
+        await trio.lowlevel.wait_readable(control)
+    if waiting.cancelled_caught:
+        raise PlatformError(f"the keeper at {path} does not answer within {_ANSWER_TIME} s")
     try:
         data, ancillary, flags, _ = control.recvmsg(_MESSAGE_LIMIT, room, socket.MSG_CMSG_CLOEXEC)
-    except TimeoutError:
-        raise PlatformError(
-            f"the keeper at {path} does not answer within {_ANSWER_TIME} s"
-        ) from None
     except OSError as error:
         raise PlatformError(f"core at {path}: {error.strerror or error}") from error
-    control.setblocking(False)
     with contextlib.ExitStack() as failing:
         descriptors: list[int] = []
         for level, kind, rights in ancillary:
@@ -248,8 +258,11 @@ def _receive_hello(control: socket.socket, path: str) -> Handover:
         if kind == _BUSY:
             raise PlatformError(f"the core at {path} has another host; that one must detach first")
         if kind == _FAILED:
-            what = body[:80].decode(errors="backslashreplace")
-            raise PlatformError(f"the core's keeper: {what}: {os.strerror(number)}")
+            what = body[:500].decode(errors="backslashreplace")
+            why = os.strerror(number) if number in errno.errorcode else f"error {number}"
+            raise PlatformError(f"the core's keeper: {what}: {why}")
+        if flags & socket.MSG_CTRUNC and len(descriptors) < _HANDED:
+            raise PlatformError(f"core at {path}: there are no descriptors left to take it over")
         if kind != _HELLO or flags & socket.MSG_CTRUNC or len(descriptors) != _HANDED:
             raise _not_ours(path, f"message {kind} with {len(descriptors)} descriptors")
         memory, doorbell, report, core, keeper = descriptors
@@ -277,10 +290,12 @@ def _check_handed(memory: int, doorbell: int, report: int, pidfds: Sequence[int]
     if not stat.S_ISSOCK(os.fstat(doorbell).st_mode):
         raise ValueError("its doorbell is no socket")
     bell = socket.socket(fileno=doorbell)
-    kind = bell.family, bell.type
-    bell.detach()
-    if kind != (socket.AF_UNIX, socket.SOCK_STREAM):
-        raise ValueError("its doorbell is no Unix stream socket")
+    try:
+        if (bell.family, bell.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            raise ValueError("its doorbell is no Unix stream socket")
+        bell.getpeername()  # one without another end would fail with each kick
+    finally:
+        bell.detach()
     for pidfd in pidfds:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(pidfd, 0)
@@ -293,30 +308,59 @@ def _listen(path: str) -> socket.socket:
         PlatformError: it cannot, or another program does.
     """
     with contextlib.ExitStack() as failing:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        failing.enter_context(listener)
-        listener.setblocking(False)
         try:
-            if os.path.lexists(path):
-                if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                    raise PlatformError(f"rendezvous {path}: it exists and is not a socket")
-                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-                    probe.setblocking(False)
-                    # A keeper takes a host that comes and goes for what it is.
-                    if probe.connect_ex(path) != errno.ECONNREFUSED:
-                        raise PlatformError(
-                            f"rendezvous {path}: a core was left running there; attach to it, "
-                            "or choose another path"
-                        )
-                os.unlink(path)
-            os.fchmod(listener.fileno(), 0o600)  # so that bind makes the file like this
-            listener.bind(path)
-            failing.callback(_unlink, path)
-            listener.listen(4)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            failing.enter_context(listener)
+            with _claim(path):
+                _clear(path)
+                os.fchmod(listener.fileno(), 0o600)  # so that bind makes the file like this
+                listener.bind(path)
+                failing.callback(_unlink, path)
+                listener.listen(4)
         except OSError as error:
             raise PlatformError(f"rendezvous {path}: {error.strerror or error}") from error
         failing.pop_all()
         return listener
+
+
+def _claim(path: str) -> socket.socket:
+    """What only one program has at a time, so that none takes another's new socket for stale."""
+    claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        # A name without a file goes with its owner, however that ends.
+        claim.bind(b"\0openamp_py " + hashlib.sha256(os.fsencode(os.path.realpath(path))).digest())
+    except OSError as error:
+        claim.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise PlatformError(
+            f"rendezvous {path}: another program starts a core there at this moment"
+        ) from None
+    return claim
+
+
+def _clear(path: str) -> None:
+    """Removes a socket on which nobody listens.
+
+    Raises:
+        PlatformError: somebody does, or it is no socket.
+    """
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise PlatformError(f"rendezvous {path}: it exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        # A keeper takes a host that comes and goes for what it is.
+        found = probe.connect_ex(path)
+    if found == errno.EPROTOTYPE:
+        raise PlatformError(f"rendezvous {path}: another program listens there")
+    if found not in (errno.ECONNREFUSED, errno.ENOENT):  # a keeper may just have ended
+        raise PlatformError(
+            f"rendezvous {path}: a core was left running there; attach to it, "
+            "or choose another path"
+        )
+    _unlink(path)
 
 
 def _unlink(path: str) -> None:
@@ -368,7 +412,7 @@ class KeptCore(SignalledCore):
         self._ram = ram
         self._handover = handover
         self._on_left = left
-        self._left = False
+        self._owned = handover is None
         self._orders = 0
         self._answered = 0
         self._news = trio.Event()  # an order was answered, or the end
@@ -388,7 +432,7 @@ class KeptCore(SignalledCore):
         if self._handover is None:
             ram_da, size = self._description.ram_da, self._description.ram_size
             window = f"{ram_da:#x}:{size:#x}:0"
-            self._handover = start_keeper(self._path, self._ram, self.entry, window)
+            self._handover = await start_keeper(self._path, self._ram, self.entry, window)
         handover = self._handover
         self.doorbell = Doorbell(handover.doorbell)
         try:
@@ -397,6 +441,7 @@ class KeptCore(SignalledCore):
             self._alive = True
             if attached:
                 self._order(_TAKE)
+                self._owned = True
             task_status.started()
             if attached:
                 notified()  # the last host may have heard kicks that were for us
@@ -414,9 +459,9 @@ class KeptCore(SignalledCore):
             self._news.set()
             self._handover = None
             with contextlib.closing(handover):
-                if not self._left:
+                if self._owned:
                     await _end(handover)
-            if self._left:
+            if not self._owned:
                 self._on_left()
 
     async def detach(self, note: bytes) -> None:
@@ -432,21 +477,22 @@ class KeptCore(SignalledCore):
                 f"a note of {len(note)} bytes for the next host; the limit is {NOTE_LIMIT}"
             )
         await trio.lowlevel.checkpoint()
-        if not self._alive:
-            raise self._not_running("left running")
+        # One order at a time: a keeper that is stopped has always room for the core's return.
+        await self._wait_answered()
         self._orders += 1
-        order = self._orders
         self._order(_LEAVE, encode_description(self._description) + note)
         try:
-            while self._alive and self._answered < order:
-                await self._news.wait()
+            await self._wait_answered()
         except trio.Cancelled:
             self._order(_TAKE)
-            self._left = False
             raise
+        self._owned = False
+
+    async def _wait_answered(self) -> None:
+        while self._alive and self._answered < self._orders:
+            await self._news.wait()
         if not self._alive:
             raise self._not_running("left running")
-        self._left = True
 
     def close(self) -> bool:
         """Lets go of a core that was handed over and never taken; it stays with its keeper.
@@ -522,10 +568,10 @@ class KeptCore(SignalledCore):
                 self._news = trio.Event()
 
     def _judge(self, status: int | None, report: bytes) -> None:
-        if status is None:
+        if status is None and not any(report):
             raise CoreDiedError("the core or its keeper was killed; nobody can say how it ended")
         try:
-            returncode = os.waitstatus_to_exitcode(status)
+            returncode = None if status is None else os.waitstatus_to_exitcode(status)
         except (ValueError, OverflowError):
             raise _not_ours(self._path, f"wait status {status:#x}") from None
         judge(returncode, report)

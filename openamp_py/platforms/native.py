@@ -13,7 +13,7 @@ import trio
 from openamp_py import firmware as shipped
 from openamp_py.errors import ImageError, PlatformError
 from openamp_py.memory import MemoryMap, SharedMemory
-from openamp_py.platforms.child import SignalledCore, run_child, spawn
+from openamp_py.platforms.child import SignalledCore, create_memory, run_child, spawn
 from openamp_py.platforms.doorbell import Doorbell, create_pair
 from openamp_py.platforms.keeper import Description, KeptCore, connect_keeper
 from openamp_py.platforms.report import REPORT_SIZE, judge
@@ -62,7 +62,7 @@ class NativePlatform(Platform):
         self._ram_size = ram_size
         self._rendezvous = None if rendezvous is None else os.fspath(rendezvous)
         self._attached: KeptCore | None = None
-        self._use(SharedMemory.create("openamp-native-ram", ram_size), ram_da)
+        self._use(create_memory("openamp-native-ram", ram_size), ram_da)
 
     def _use(self, shared: SharedMemory, ram_da: int) -> None:
         self._shared = shared
@@ -70,8 +70,9 @@ class NativePlatform(Platform):
 
     def _renew(self) -> None:
         """Memory for the next core: what there was belongs to one that runs on without us."""
+        fresh = create_memory("openamp-native-ram", self._ram_size)
         self._shared.close()
-        self._use(SharedMemory.create("openamp-native-ram", self._ram_size), self._ram_da)
+        self._use(fresh, self._ram_da)
 
     def check(self, firmware: Firmware) -> None:
         """Raises ImageError unless the image is for this machine and begins in its RAM."""
@@ -103,18 +104,20 @@ class NativePlatform(Platform):
             self._rendezvous, self.memory, description, self._shared.fd, left=self._renew
         )
 
-    def attach_core(self) -> KeptCore:
+    async def attach_core(self) -> KeptCore:
         """The core that was left running at the rendezvous; its memory becomes the platform's.
 
         Raises:
             PlatformError: there is none, or it has another host, or it is none of ours.
+
+        Cancellation: the core stays with its keeper.
         """
         if self._rendezvous is None:
             raise PlatformError(
                 "a native core is attached to at its rendezvous: NativePlatform(rendezvous=PATH)"
             )
         self._let_go()
-        handover, description, note = connect_keeper(self._rendezvous)
+        handover, description, note = await connect_keeper(self._rendezvous)
         try:
             shared = SharedMemory(os.dup(handover.memory), description.ram_size)
         except (OSError, ValueError) as error:
@@ -176,7 +179,7 @@ class NativeCore(SignalledCore):
             self.doorbell = Doorbell(ours)
             stack.callback(self.doorbell.close)
             # Memory of just its size: still there after any death, and never more than that.
-            report = SharedMemory.create("openamp-report", REPORT_SIZE)
+            report = create_memory("openamp-report", REPORT_SIZE)
             stack.callback(report.close)
             process = spawn(
                 [

@@ -194,7 +194,7 @@ class Platform(abc.ABC):
     def create_core(self, firmware: Firmware) -> Core:
         """A core that is about to run the loaded image; its `run` boots it. One for each start."""
 
-    def attach_core(self) -> Core:
+    async def attach_core(self) -> Core:
         """A core that runs already; its `run` takes it over. Its memory is known from then on.
 
         Raises:

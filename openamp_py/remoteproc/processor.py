@@ -515,7 +515,8 @@ class RemoteProcessor:
         with self._call(Call.ATTACH) as after:
             await self._prepare()
             try:
-                life = await self._begin(self.platform.attach_core(), table_da, attached=True)
+                core = await self.platform.attach_core()
+                life = await self._begin(core, table_da, attached=True)
             except BaseException:
                 await self._briefly(self._unprepare, "unprepare")
                 raise

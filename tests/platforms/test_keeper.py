@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
+import hashlib
 import os
 import platform as host_machine
+import resource
 import signal
 import socket
 import struct
@@ -33,6 +36,7 @@ from openamp_py import (
     PlatformError,
     open_session,
 )
+from openamp_py import firmware as shipped
 from openamp_py.background import plain_errors
 from openamp_py.memory import SharedMemory
 from openamp_py.platforms import keeper as keeper_module
@@ -41,9 +45,11 @@ from openamp_py.platforms.keeper import (
     NOTE_LIMIT,
     Description,
     KeptCore,
+    _pid_of,
     connect_keeper,
     decode_description_untrusted,
     encode_description,
+    start_keeper,
 )
 from openamp_py.platforms.native import RAM_DA, RAM_SIZE
 from openamp_py.platforms.report import REPORT_SIZE
@@ -115,7 +121,7 @@ async def _host(path: Path, *, attach: bool = False) -> AsyncIterator[Host]:
         contextlib.closing(NativePlatform(rendezvous=path)) as platform,
     ):
         if attach:
-            core = platform.attach_core()
+            core = await platform.attach_core()
         else:
             platform.memory.regions[0].view[: len(CODE)] = CODE
             created = platform.create_core(FIRMWARE)
@@ -249,7 +255,7 @@ from openamp_py import NativePlatform
 
 async def main(path):
     with contextlib.closing(NativePlatform(rendezvous=path)) as platform:
-        core = platform.attach_core()
+        core = await platform.attach_core()
         assert core.memory is platform.memory
         view = core.memory.find_da(core.entry + 0x100, 4)
         before = int.from_bytes(view, "little")
@@ -355,7 +361,9 @@ async def test_leaving_and_attaching_leaks_nothing(path: Path) -> None:
             assert host.core.note == str(number).encode()
             await host.ring()
             await host.leave(str(number + 1).encode())
-    assert len(os.listdir(f"/proc/{keeper}/fd")) <= used
+    with trio.fail_after(LIMIT):
+        while len(os.listdir(f"/proc/{keeper}/fd")) > used:  # it has not heard of the last's end
+            await trio.lowlevel.checkpoint()
     async with _host(path, attach=True):
         pass
 
@@ -372,11 +380,11 @@ async def test_a_core_that_is_not_taken_stays_as_it_was(path: Path) -> None:
         await host.leave(b"note")
     platform = NativePlatform(rendezvous=path)
     for _ in range(2):
-        assert platform.attach_core().note == b"note"
+        assert (await platform.attach_core()).note == b"note"
     memory = platform.memory
     await platform.unprepare()
     assert platform.memory is not memory
-    platform.attach_core()
+    await platform.attach_core()
     platform.close()
     del memory
     async with _host(path, attach=True) as again:
@@ -419,30 +427,30 @@ async def test_a_core_that_crashed_without_a_host_is_told_to_the_next(path: Path
 async def test_a_second_host_is_refused(path: Path) -> None:
     async with _host(path) as host:
         with pytest.raises(PlatformError, match=f"core at {path} has another host"):
-            connect_keeper(str(path))
+            await connect_keeper(str(path))
         await host.core.detach(b"")
         with pytest.raises(PlatformError, match="has another host; that one must detach first"):
-            connect_keeper(str(path))
+            await connect_keeper(str(path))
         await host.ring()
     async with _host(path, attach=True):
         pass
 
 
-def test_nobody_there_is_said(path: Path) -> None:
+async def test_nobody_there_is_said(path: Path) -> None:
     platform = NativePlatform(rendezvous=path)
     with pytest.raises(PlatformError, match=f"no core was left running at {path}"):
-        platform.attach_core()
+        await platform.attach_core()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as stale:
         stale.bind(str(path))
     with pytest.raises(PlatformError, match=f"no core was left running at {path}"):
-        platform.attach_core()
+        await platform.attach_core()
     platform.close()
 
 
 async def test_without_a_rendezvous_nothing_is_left_nor_attached() -> None:
     platform = NativePlatform()
     with pytest.raises(PlatformError, match=r"NativePlatform\(rendezvous=PATH\)"):
-        platform.attach_core()
+        await platform.attach_core()
     with pytest.raises(PlatformError, match=r"NativePlatform\(rendezvous=PATH\)"):
         await platform.create_core(FIRMWARE).detach(b"")
     platform.close()
@@ -466,7 +474,7 @@ async def test_a_path_that_cannot_be_is_a_platform_error(path: Path) -> None:
             async with _host(bad):
                 pass
         with pytest.raises(PlatformError, match=str(bad)):
-            connect_keeper(str(bad))
+            await connect_keeper(str(bad))
 
 
 async def test_a_note_that_is_too_long_changes_nothing(path: Path) -> None:
@@ -497,6 +505,97 @@ async def test_a_missing_keeper_is_a_platform_error(
         async with _host(path):
             pass
     assert not path.exists()
+
+
+async def test_a_core_whose_program_cannot_be_run_is_a_platform_error(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "native-core").write_text("not a program")
+    (programs / "native-keeper").symlink_to(shipped.path("native-keeper"))
+    monkeypatch.setattr("openamp_py.platforms.keeper.shipped.path", programs.joinpath)
+    with pytest.raises(PlatformError, match=r"keeper: .*/native-core: Permission denied"):
+        async with _host(path):
+            pass
+    assert not path.exists()
+
+
+async def test_a_program_that_starts_at_the_same_time_is_told(path: Path) -> None:
+    name = hashlib.sha256(bytes(path)).digest()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(b"\0openamp_py " + name)
+        with pytest.raises(PlatformError, match="another program starts a core there"):
+            async with _host(path):
+                pass
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
+        stranger.bind(str(path))
+        stranger.listen()
+        with pytest.raises(PlatformError, match="another program listens there"):
+            async with _host(path):
+                pass
+
+
+@contextlib.contextmanager
+def _few_descriptors(free: int) -> Iterator[None]:
+    """As if only so many descriptors could be opened."""
+    used = [int(name) for name in os.listdir("/proc/self/fd")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    filler = [os.open("/dev/null", os.O_RDONLY) for _ in range(max(used) + 1 - len(used) + free)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(filler) + 1, hard))
+    for descriptor in sorted(filler)[len(filler) - free :]:
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in sorted(filler)[: len(filler) - free]:
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_too_few_descriptors_to_boot_are_a_platform_error(path: Path, kept: bool) -> None:
+    for free in range(20):
+        with _few_descriptors(free):
+            try:
+                with contextlib.closing(
+                    NativePlatform(rendezvous=path if kept else None)
+                ) as platform:
+                    await _boot_and_end(platform)
+                break
+            except PlatformError as error:
+                assert "no keeper of ours" not in str(error)
+                assert "Too many open files" in str(error) or "no descriptors left" in str(error)
+        while path.exists():  # a keeper whose host has no room for it ends
+            await trio.lowlevel.checkpoint()
+    else:
+        raise AssertionError("it needs more than that")
+    assert free > 5
+
+
+async def _boot_and_end(platform: NativePlatform) -> None:
+    platform.memory.regions[0].view[: len(CODE)] = CODE
+    core = platform.create_core(FIRMWARE)
+    with plain_errors():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(core.run, lambda: None)
+            nursery.cancel_scope.cancel()
+
+
+async def test_too_few_descriptors_to_attach_leave_the_core_where_it_is(path: Path) -> None:
+    async with _host(path) as host:
+        await host.leave()
+    with contextlib.closing(NativePlatform(rendezvous=path)) as platform:
+        for free in range(20):
+            with _few_descriptors(free):
+                try:
+                    core = await platform.attach_core()
+                    break
+                except PlatformError as error:
+                    assert "no keeper of ours" not in str(error)
+        assert free > 5 and core.close()
+    async with _host(path, attach=True) as again:
+        await again.ring()
 
 
 # Deaths
@@ -541,7 +640,7 @@ async def test_a_stopped_host_is_waited_for_and_a_killed_one_is_not(path: Path) 
         (keeper,) = _keepers(path)
         assert _is_running(core)
         with pytest.raises(PlatformError, match="has another host"):
-            connect_keeper(str(path))
+            await connect_keeper(str(path))
         host.kill()
     await _gone(core, keeper)
     assert not path.exists()
@@ -558,6 +657,97 @@ async def test_a_core_that_dies_under_a_stopped_keeper_is_noticed(
         await host.ended.wait()
         assert isinstance(host.error, CoreDiedError)
         await _gone(keeper)
+
+
+async def test_last_words_are_told_where_the_keeper_has_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "_END_GRACE", 0.05)
+    async with _host(path) as host:
+        await host.ring()
+        os.kill(_keepers(path)[0], signal.SIGSTOP)
+        os.kill(_pid(host.core), signal.SIGSEGV)
+        await host.ended.wait()
+        assert isinstance(host.error, CoreCrashedError)
+        assert host.error.signal is signal.SIGSEGV and host.error.pc is not None
+
+
+async def test_a_core_that_was_taken_back_ends_with_its_host_whatever_it_has_not_read(
+    path: Path,
+) -> None:
+    platform = NativePlatform(rendezvous=path)
+    view = platform.memory.regions[0].view
+    view[: len(CODE)] = CODE
+    handover = await start_keeper(
+        str(path), platform._shared.fd, RAM_DA, f"{RAM_DA:#x}:{RAM_SIZE:#x}:0"
+    )
+    core, (keeper,) = _pid_of(handover.core), _keepers(path)
+    handover.control.send(struct.pack("=HHI", 1, 2, 1) + RAM)
+    await trio.lowlevel.wait_readable(handover.control)  # the answer, which stays there
+    os.kill(keeper, signal.SIGSTOP)
+    while not is_stopped(keeper):
+        await trio.lowlevel.checkpoint()
+    handover.control.send(struct.pack("=HHI", 1, 1, 1))
+    handover.close()
+    os.kill(keeper, signal.SIGCONT)
+    await _gone(core, keeper)
+    del view
+    platform.close()
+
+
+async def test_an_attached_core_that_was_not_taken_stays(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _host(path) as host:
+        await host.leave()
+
+    def fail(pidfd: int) -> int:
+        raise OSError(errno.EMFILE, "no room")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keeper_module, "_pid_of", fail)
+        with pytest.raises(PlatformError, match="no room"):
+            async with _host(path, attach=True):
+                pass
+    async with _host(path, attach=True) as again:
+        await again.ring()
+
+
+async def test_a_stopped_keeper_is_given_up_and_nothing_is_taken(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with _host(path) as host:
+        await host.leave()
+    (keeper,) = _keepers(path)
+    os.kill(keeper, signal.SIGSTOP)
+    while not is_stopped(keeper):
+        await trio.lowlevel.checkpoint()
+    with contextlib.closing(NativePlatform(rendezvous=path)) as platform:
+        with trio.move_on_after(0.01) as scope:
+            await platform.attach_core()
+        assert scope.cancelled_caught
+        monkeypatch.setattr(keeper_module, "_ANSWER_TIME", 0.01)
+        with pytest.raises(PlatformError, match=r"does not answer within 0.01 s"):
+            await platform.attach_core()
+    os.kill(keeper, signal.SIGKILL)
+
+
+async def test_a_stopped_keeper_gets_no_order_before_it_answered_the_last(path: Path) -> None:
+    async with _host(path) as host:
+        (keeper,) = _keepers(path)
+        os.kill(keeper, signal.SIGSTOP)
+        while not is_stopped(keeper):
+            await trio.lowlevel.checkpoint()
+        for _ in range(20):  # many times what the socket holds
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(host.core.detach, bytes(NOTE_LIMIT))
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+        os.kill(keeper, signal.SIGCONT)
+        await host.ring()
+        os.kill(_pid(host.core), signal.SIGKILL)
+        await host.ended.wait()
+        assert "the core died of SIGKILL" in str(host.error), "told to who has the core"
 
 
 async def test_the_death_of_the_keeper_ends_the_core(path: Path) -> None:
@@ -579,7 +769,7 @@ async def test_the_death_of_the_keeper_while_nobody_is_there_ends_the_core(path:
     os.kill(_keepers(path)[0], signal.SIGKILL)
     await _gone(pid)
     with pytest.raises(PlatformError, match="no core was left running"):
-        connect_keeper(str(path))
+        await connect_keeper(str(path))
 
 
 async def test_a_keeper_shrugs_signals_of_a_terminal_off(path: Path) -> None:
@@ -675,6 +865,7 @@ class _Fake:
         self.doorbell = stack.enter_context(pair[0])
         stack.enter_context(pair[1])
         self.datagrams = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        self.single = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         self.pidfd = os.pidfd_open(os.getpid())
         stack.callback(os.close, self.pidfd)
         self.cuttable = os.memfd_create("openamp-fake", os.MFD_CLOEXEC)
@@ -701,6 +892,10 @@ LIES: dict[str, tuple[Lie, str]] = {
     "nothing": (lambda fake: (b"", []), "ended, or does not serve this user"),
     "no header": (lambda fake: (b"\1", []), "message 0 with 0 descriptors"),
     "version": (lambda fake: (struct.pack("=HHI", 2, 1, 0), fake.good()), "version 2"),
+    "no error": (
+        lambda fake: (struct.pack("=HHI", 1, 3, 1 << 31), []),
+        "keeper: : error 2147483648",
+    ),
     "length": (lambda fake: (HELLO + bytes(1 << 16), fake.good()), "a message of"),
     "kind": (lambda fake: (struct.pack("=HHI", 1, 9, 0), fake.good()), "message 9 with 5 desc"),
     "busy": (lambda fake: (struct.pack("=HHI", 1, 2, 0), []), "has another host"),
@@ -722,6 +917,10 @@ LIES: dict[str, tuple[Lie, str]] = {
         _with(1, lambda fake: fake.datagrams.fileno()),
         "its doorbell is no Unix stream socket",
     ),
+    "doorbell with one end": (
+        _with(1, lambda fake: fake.single.fileno()),
+        "Transport endpoint is not connected",
+    ),
     "report is none": (_with(2, lambda fake: fake.pidfd), "Invalid argument"),
     "report too long": (_with(2, lambda fake: fake.memory.fd), "its report is not of"),
     "core is none": (_with(3, lambda fake: fake.report.fd), "Bad file descriptor"),
@@ -730,7 +929,7 @@ LIES: dict[str, tuple[Lie, str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_keeper_that_lies_is_a_platform_error(path: Path, lie: str) -> None:
+async def test_a_keeper_that_lies_is_a_platform_error(path: Path, lie: str) -> None:
     tell, message = LIES[lie]
     with contextlib.ExitStack() as stack:
         fake = _Fake(stack)
@@ -753,7 +952,7 @@ def test_a_keeper_that_lies_is_a_platform_error(path: Path, lie: str) -> None:
             stack.callback(platform.close)
             memory = platform.memory
             with pytest.raises(PlatformError, match=message):
-                platform.attach_core()
+                await platform.attach_core()
             assert platform.memory is memory
         finally:
             thread.join()

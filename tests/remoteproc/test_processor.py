@@ -99,7 +99,7 @@ class FakePlatform(Platform):
         self.script.do("create_core")
         return FakeCore(self)
 
-    def attach_core(self) -> Core:
+    async def attach_core(self) -> Core:
         self.script.do("attach_core")
         core = FakeCore(self)
         core.note = b"from the host before"
