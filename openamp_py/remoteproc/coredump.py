@@ -305,7 +305,7 @@ def _notes(dump: Coredump, layout: _Layout) -> Iterator[bytes]:
         yield _note(_KERNEL_OWNER, _NT_SIGINFO, siginfo)
     lines = []
     if dump.reason:
-        lines.append(f"reason: {dump.reason}")
+        lines.append(f"reason: {' '.join(dump.reason.splitlines())}")
     if dump.kind is not None:
         lines.append(f"kind: {dump.kind.value}")
     if dump.time is not None:

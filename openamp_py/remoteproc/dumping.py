@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,20 +14,19 @@ from pathlib import Path
 import trio
 
 from openamp_py.errors import CoreCrashedError, OpenAMPError
-from openamp_py.remoteproc.coredump import Coredump, dump_segments, encode_coredump
+from openamp_py.remoteproc.coredump import PIECE_SIZE, Coredump, dump_segments, encode_coredump
 from openamp_py.remoteproc.crash import CoredumpSink
-from openamp_py.remoteproc.plan import LoadPlan
+from openamp_py.remoteproc.plan import LoadPlan, Translate
 from openamp_py.remoteproc.platform import Core, Platform
 from openamp_py.remoteproc.resource_table import ResourceTable
 from openamp_py.vring import VringLayout
 
 _logger = logging.getLogger(__name__)
 
-_PIECE = 1 << 20
-
 
 async def make_dump(
     platform: Platform,
+    translate: Translate,
     core: Core | None,
     plan: LoadPlan | None,
     table: ResourceTable | None,
@@ -36,6 +37,7 @@ async def make_dump(
 
     Args:
         platform: what kind of core.
+        translate: the memory at a device address.
         core: its latest life.
         plan: what was loaded; None of an attached core: then all its memory is in the dump.
         table: its resource table, with what the host decided.
@@ -48,7 +50,7 @@ async def make_dump(
     for vdev in table.vdevs if table else ():
         ranges += [(v.da, VringLayout(v.num, v.align).size) for v in vdev.vrings]
     loaded = firmware.segments if firmware else ()
-    segments = [*dump_segments(loaded, platform.translate, [*ranges, *added])]
+    segments = [*dump_segments(loaded, translate, [*ranges, *added])]
     try:
         segments += await platform.dump_segments()
     except OpenAMPError as error:
@@ -72,22 +74,26 @@ async def copy_dump(dump: Coredump) -> Coredump:
     """The dump with memory of its own, so that the core can be started again."""
     segments = []
     for segment in dump.segments:
-        pieces = []
-        for at in range(0, len(segment.data), _PIECE):
-            pieces.append(bytes(segment.data[at : at + _PIECE]))
+        source = memoryview(segment.data).cast("B")
+        copy = bytearray(len(source))
+        for at in range(0, len(source), PIECE_SIZE):
+            copy[at : at + PIECE_SIZE] = source[at : at + PIECE_SIZE]
             await trio.lowlevel.checkpoint()
-        segments.append(replace(segment, data=b"".join(pieces)))
+        segments.append(replace(segment, data=memoryview(copy)))
     return replace(dump, segments=tuple(segments))
 
 
 async def save_dump(dump: Coredump, where: CoredumpSink, name: str) -> Path | None:
-    """Gives a dump to a function, or writes a file and returns its path.
+    """Gives a dump to a function, or writes a file that only this user can read.
 
     Args:
         where: a directory, in which the file is called `name`; a file; or a function.
 
+    Returns:
+        The file, where there is one. It replaces the one before in one step.
+
     Raises:
-        OSError: the file cannot be written; none is left half done.
+        OSError: the file cannot be written, or not as a core file; none is left half done.
     """
     if not isinstance(where, (str, os.PathLike)):
         await where(dump)
@@ -95,10 +101,18 @@ async def save_dump(dump: Coredump, where: CoredumpSink, name: str) -> Path | No
     path = trio.Path(where)
     if await path.is_dir():
         path /= name
-    part = path.with_name(f".{path.name}.part")
+    if await path.exists() and not await path.is_file():
+        raise FileExistsError(errno.EEXIST, "it exists and is not a regular file", str(path))
     try:
-        async with await part.open("wb") as file:
-            for piece in encode_coredump(dump):
+        pieces = encode_coredump(dump)
+    except ValueError as error:
+        raise OSError(errno.EFBIG, f"no core file can hold it: {error}", str(path)) from error
+    # A name that nobody can foresee: what already bears it might be a link to anything.
+    descriptor, made = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    part = trio.Path(made)
+    try:
+        async with trio.wrap_file(os.fdopen(descriptor, "wb")) as file:
+            for piece in pieces:
                 await file.write(piece)
         await part.rename(path)
     except BaseException:

@@ -642,7 +642,13 @@ class RemoteProcessor:
             raise StateError(f"there is nothing to dump: the processor is {self.state.value}")
         assert self.core is not None or self._plan is not None
         return await make_dump(
-            self.platform, self.core, self._plan, self.table, self._to_dump, self.failure
+            self.platform,
+            self._translate,
+            self.core,
+            self._plan,
+            self.table,
+            self._to_dump,
+            self.failure,
         )
 
     def add_to_coredump(self, da: int, size: int) -> None:
