@@ -39,10 +39,11 @@ class TraceReader:
     A poll costs time in proportion to the buffer, whatever the core writes.
 
     Between two polls the core should write less than the buffer holds. When more was written, when
-    text repeats itself so often that it cannot be told how much of it is new, or when the buffer
-    began anew, `gaps` goes up and the text begins with what the buffer has. A ring has no mark
-    where its newest text ends: characters that equal those which they overwrite come together
-    with the next ones that differ.
+    it is seen that the text can be continued in several ways, or when the buffer began anew, `gaps`
+    goes up and the text begins with what the buffer has. A ring has no mark where its newest text
+    ends: characters that equal those which they overwrite come together with the next ones that
+    differ. Of a line that is written again and again, then, some may be missing, or come twice,
+    without a gap: nothing in the buffer shows how many there were.
 
     Attributes:
         gaps: how often text may be missing before what was returned.

@@ -10,7 +10,7 @@ from typing import Final, Self
 
 import trio
 
-from openamp_py.errors import StateError
+from openamp_py.errors import ResourceTableError, StateError
 from openamp_py.remoteproc.processor import RemoteProcessor
 from openamp_py.remoteproc.subdevices import Subdevice
 from openamp_py.remoteproc.trace import TraceReader, decode_trace_untrusted
@@ -31,9 +31,10 @@ def read_trace(processor: RemoteProcessor, name: str | None = None) -> str:
 
     Raises:
         StateError: the processor has no table in memory now.
+        ResourceTableError: the buffer lies outside the core's memory.
         KeyError: no buffer of that name; says which there are.
     """
-    return decode_trace_untrusted(_snapshot(processor, name))
+    return decode_trace_untrusted(bytes(_find(processor, name)))
 
 
 class TraceFollower(Subdevice):
@@ -51,6 +52,7 @@ class TraceFollower(Subdevice):
         self._reader = TraceReader()
         self._last_words: deque[str] = deque(maxlen=_LIVES)
         self._lost = 0
+        self._buffer: memoryview | None = None  # of a core that was stopped, to the next
 
     @property
     def gaps(self) -> int:
@@ -59,13 +61,19 @@ class TraceFollower(Subdevice):
 
     async def prepare(self) -> None:
         """A new life of the core begins."""
+        self._buffer = None
         self._reader.restart()
 
     async def stop(self, *, crashed: bool) -> None:
-        """It is over: what the buffer has is taken before anybody loads it anew."""
-        self._lost += len(self._last_words) == _LIVES
+        """It will be over soon. The memory may be no longer the platform's when it is."""
         with contextlib.suppress(KeyError, StateError):  # another image may have no such buffer
-            self._last_words.append(self._reader.poll(self._snapshot(), final=True))
+            self._buffer = _find(self._processor, self._name)
+
+    async def unprepare(self) -> None:
+        """It is over: what the buffer has is taken before anybody loads it anew."""
+        if self._buffer is not None:
+            self._lost += len(self._last_words) == _LIVES
+            self._last_words.append(self._reader.poll(bytes(self._buffer), final=True))
 
     def read_nowait(self) -> str:
         """All the text that is new at this moment; may be empty."""
@@ -88,10 +96,10 @@ class TraceFollower(Subdevice):
                 await self._processor.wait_change()
 
     def _look(self) -> str:
-        return self._reader.poll(self._snapshot()) if self._processor.is_up else ""
-
-    def _snapshot(self) -> bytes:
-        return _snapshot(self._processor, self._name)
+        if not self._processor.is_up:
+            return ""
+        buffer = _find(self._processor, self._name) if self._buffer is None else self._buffer
+        return self._reader.poll(bytes(buffer))
 
 
 @asynccontextmanager
@@ -107,9 +115,10 @@ async def open_trace(
 
     Raises:
         StateError: the processor has no table in memory now.
+        ResourceTableError: the buffer lies outside the core's memory.
         KeyError: no buffer of that name; says which there are.
     """
-    _snapshot(processor, name)
+    _find(processor, name)
     follower = TraceFollower(processor, name, interval)
     processor.add_subdevice(follower)
     try:
@@ -118,12 +127,15 @@ async def open_trace(
         processor.remove_subdevice(follower)
 
 
-def _snapshot(processor: RemoteProcessor, name: str | None) -> bytes:
+def _find(processor: RemoteProcessor, name: str | None) -> memoryview:
     table = processor.table
     if table is None:
         raise StateError(f"there is no trace: the processor is {processor.state.value}")
     for trace in table.traces:
         if name in (None, trace.name):
-            return bytes(processor.map(da=trace.da, size=trace.length))
+            try:
+                return processor.map(da=trace.da, size=trace.length)
+            except ValueError as error:
+                raise ResourceTableError(f"trace buffer {trace.name!r}: {error}") from None
     names = ", ".join(trace.name for trace in table.traces) or "none"
     raise KeyError(f"no trace buffer {name or ''!r}; there are: {names}")
