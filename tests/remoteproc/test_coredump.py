@@ -145,6 +145,12 @@ def test_our_note_says_why_and_has_the_registers_that_have_no_place() -> None:
     assert "r15" not in notes_of(encoded(crash()))[NOTE_OWNER, NOTE_REASON].decode()
 
 
+def test_a_reason_of_several_lines_cannot_pass_for_other_lines() -> None:
+    dump = Coredump(X86_64, 64, 0, reason="first\nkind: forged\r\nlast")
+    text = notes_of(encoded(dump))[NOTE_OWNER, NOTE_REASON].decode()
+    assert text == "reason: first kind: forged last\n"
+
+
 def test_what_is_not_known_is_not_noted() -> None:
     assert list(notes_of(encoded(Coredump(X86_64, 64, 0, reason="why")))) == [
         (NOTE_OWNER, NOTE_REASON)
