@@ -7,6 +7,7 @@ import contextlib
 import json
 import signal
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import trio
@@ -17,6 +18,9 @@ from openamp_py.errors import CoreDiedError, OpenAMPError
 from openamp_py.platforms import NativePlatform
 from openamp_py.remoteproc import RemoteProcessor, TraceFollower, open_processor, open_trace
 from openamp_py.session import CORES, create_platform, shipped_image
+
+# What may end the program in order: a core that was attached to would otherwise end with it.
+_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
@@ -56,45 +60,48 @@ async def _trace(options: argparse.Namespace) -> int:
         NativePlatform(rendezvous=options.attach) if attach else create_platform(options.core)
     )
     async with open_processor(platform) as processor:
-        if attach:
-            await processor.attach()
-        else:
+        if not attach:
             await processor.boot(options.firmware or shipped_image(platform))
-        try:
-            async with open_trace(processor, options.name) as follower:
-                await _follow(options, processor, follower)
-        except KeyError as error:
-            raise UsageError(str(error.args[0])) from None
-        finally:
-            if attach and processor.is_up and processor.core is not None:
-                with trio.CancelScope(shield=True):
-                    await processor.detach(processor.core.note)
+        with trio.open_signal_receiver(*_ENDINGS) as signals:
+            if attach:
+                await processor.attach()
+            try:
+                async with open_trace(processor, options.name) as follower:
+                    await _follow(options, processor, follower, signals)
+            except KeyError as error:
+                raise UsageError(str(error.args[0])) from None
+            finally:
+                if attach and processor.is_up and processor.core is not None:
+                    with trio.CancelScope(shield=True):
+                        await processor.detach(processor.core.note)
         if isinstance(processor.failure, CoreDiedError):
             raise processor.failure
     return DONE
 
 
 async def _follow(
-    options: argparse.Namespace, processor: RemoteProcessor, follower: TraceFollower
+    options: argparse.Namespace,
+    processor: RemoteProcessor,
+    follower: TraceFollower,
+    signals: AsyncIterator[int],
 ) -> None:
     """Prints until it is time to stop, and then what is left."""
-    with trio.open_signal_receiver(signal.SIGINT) as signals:
-        async with open_background() as nursery:
+    async with open_background() as nursery:
 
-            async def show() -> None:
-                async for text in follower:
-                    _print(options, text)
+        async def show() -> None:
+            async for text in follower:
+                _print(options, text)
 
-            async def interrupt() -> None:
-                await anext(signals)
-                nursery.cancel_scope.cancel()
+        async def interrupt() -> None:
+            await anext(signals)
+            nursery.cancel_scope.cancel()
 
-            nursery.start_soon(show)
-            nursery.start_soon(interrupt)
-            with trio.move_on_after(float("inf") if options.follow else options.wait):
-                with contextlib.suppress(OpenAMPError):
-                    await processor.wait_exit()
-                await processor.wait_settled()
+        nursery.start_soon(show)
+        nursery.start_soon(interrupt)
+        with trio.move_on_after(float("inf") if options.follow else options.wait):
+            with contextlib.suppress(OpenAMPError):
+                await processor.wait_exit()
+            await processor.wait_settled()
     _print(options, follower.read_nowait())
 
 

@@ -72,6 +72,23 @@ async def test_a_core_that_was_left_running_is_traced_and_runs_on(tmp_path: Path
         await session.attach()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+async def test_a_core_that_is_traced_survives_the_end_of_the_tracer(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "core"
+    async with open_session(NativePlatform(rendezvous=path)) as session:
+        await session.detach()
+        with subprocess.Popen(
+            [*TRACE, "-f", "--attach", str(path)], stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == BOOTED
+            os.kill(process.pid, number)
+            assert process.wait(LIMIT) == 0
+        await session.attach()
+
+
 def test_the_end_of_a_core_that_is_followed_is_an_error(tmp_path: Path) -> None:
     """The last line is there, and how it ended is said."""
     with subprocess.Popen(
