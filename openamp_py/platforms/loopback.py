@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from openamp_py.errors import CoreCrashedError, PlatformError
-from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.memory import MemoryMap
 from openamp_py.platforms import demo
+from openamp_py.platforms.child import create_memory
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.remoteproc.platform import Core, Link, Platform
 from openamp_py.virtio import Handshake
@@ -41,7 +42,7 @@ class LoopbackPlatform(Platform):
         self.buffer_area = demo.buffer_area(memory_size)
         self._application = application
         self._handshake = handshake
-        self._shared = SharedMemory.create("openamp-loopback", memory_size)
+        self._shared = create_memory("openamp-loopback", memory_size)
         self.memory = MemoryMap([self._shared.region("shm", 0)])
 
     def check(self, firmware: Firmware) -> None:

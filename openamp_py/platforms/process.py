@@ -12,9 +12,9 @@ from pathlib import Path
 import trio
 
 from openamp_py.errors import CoreDiedError
-from openamp_py.memory import MemoryMap, SharedMemory
+from openamp_py.memory import MemoryMap
 from openamp_py.platforms import demo
-from openamp_py.platforms.child import SignalledCore, killed, run_child, spawn
+from openamp_py.platforms.child import SignalledCore, create_memory, killed, run_child, spawn
 from openamp_py.platforms.doorbell import Doorbell, create_pair
 from openamp_py.platforms.shm import KICK
 from openamp_py.remoteproc.elf import Firmware
@@ -60,7 +60,7 @@ class ProcessPlatform(Platform):
     ) -> None:
         self.buffer_area = demo.buffer_area(memory_size)
         self._command = tuple(command)
-        self._shared = SharedMemory.create("openamp-process", memory_size)
+        self._shared = create_memory("openamp-process", memory_size)
         self.memory = MemoryMap([self._shared.region("shm", 0)])
 
     def check(self, firmware: Firmware) -> None:

@@ -31,10 +31,14 @@ from openamp_py import (
     CoreCrashedError,
     CoreDiedError,
     Firmware,
+    LoopbackPlatform,
     NativePlatform,
     OpenAMPError,
+    Platform,
     PlatformError,
+    ProcessPlatform,
     open_session,
+    serve_echo,
 )
 from openamp_py import firmware as shipped
 from openamp_py.background import plain_errors
@@ -553,6 +557,10 @@ def _few_descriptors(free: int) -> Iterator[None]:
             os.close(descriptor)
 
 
+def _loopback() -> Platform:
+    return LoopbackPlatform(serve_echo)
+
+
 @pytest.mark.parametrize("kept", [False, True])
 async def test_too_few_descriptors_to_boot_are_a_platform_error(path: Path, kept: bool) -> None:
     for free in range(20):
@@ -571,6 +579,12 @@ async def test_too_few_descriptors_to_boot_are_a_platform_error(path: Path, kept
     else:
         raise AssertionError("it needs more than that")
     assert free > 5
+
+
+@pytest.mark.parametrize("kind", [NativePlatform, ProcessPlatform, _loopback])
+def test_no_descriptor_for_memory_is_a_platform_error(kind: Callable[[], Platform]) -> None:
+    with _few_descriptors(0), pytest.raises(PlatformError, match="cannot be made: Too many open"):
+        kind()
 
 
 async def _boot_and_end(platform: NativePlatform) -> None:
