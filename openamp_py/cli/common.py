@@ -74,6 +74,13 @@ class Progress:
             self._shown = -1
 
 
+def printable(text: str) -> str:
+    """Text from a core for a terminal: what could steer that is shown as an escape sequence."""
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else f"\\x{ord(each):02x}" for each in text
+    )
+
+
 def positive_int(text: str) -> int:
     """An argparse type: a whole number from 1 on."""
     value = int(text)

@@ -6,14 +6,13 @@ import argparse
 import contextlib
 import json
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import trio
 
 from openamp_py.background import open_background
-from openamp_py.cli.common import DONE, Subparsers, UsageError, seconds, usage_errors
+from openamp_py.cli.common import DONE, Subparsers, UsageError, printable, seconds, usage_errors
 from openamp_py.errors import CoreDiedError, OpenAMPError
 from openamp_py.platforms import NativePlatform
 from openamp_py.remoteproc import RemoteProcessor, TraceFollower, open_processor, open_trace
@@ -106,8 +105,7 @@ async def _follow(
 
 
 def _print(options: argparse.Namespace, text: str) -> None:
-    if text:
-        print(
-            json.dumps({"text": text}) if options.json else text, end="\n" if options.json else ""
-        )
-        sys.stdout.flush()
+    if text and options.json:
+        print(json.dumps({"text": text}), flush=True)
+    elif text:
+        print(printable(text), end="", flush=True)

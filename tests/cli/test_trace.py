@@ -14,6 +14,7 @@ import trio
 
 from openamp_py import NativePlatform, open_session
 from openamp_py.cli import main
+from openamp_py.cli.common import printable
 from openamp_py.platforms.native import shipped_echo
 from openamp_py.porting import LINUX
 from openamp_py.remoteproc.lifecycle import format_table
@@ -45,6 +46,11 @@ def test_what_cannot_be_traced(
 ) -> None:
     assert main(["trace", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+def test_a_core_cannot_steer_the_terminal() -> None:
+    assert printable("plain\ttext\n") == "plain\ttext\n"
+    assert printable("\x1b[2J\r\x9b") == "\\x1b[2J\\x0d\\x9b"
 
 
 def test_following_ends_with_ctrl_c() -> None:
