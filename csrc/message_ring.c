@@ -447,6 +447,8 @@ static RARE void keep_one(struct message_ring *ring, uint16_t head, const struct
         q->slots[head].state = VQ_SLOT_HELD;
         q->outstanding--;
         ring->places[head] = ring->pool_pa + ring->offsets[head] + MESSAGE_HEADER;
+        /* For the driver that goes on where this one is killed. */
+        store16(&descriptors(q)[head].next, VQ_LEFT_FREE);
     } else {
         q->slots[head].state = VQ_SLOT_OUT;
         q->slots[head].extent = chain->extent;
@@ -575,10 +577,12 @@ int32_t message_ring_receive(struct message_ring *ring, struct message_record *r
 static void give_back_one(struct message_ring *ring, uint16_t head)
 {
     struct vq *q = ring->queue;
-    if (q->driver)
+    if (q->driver) {
+        store16(&descriptors(q)[head].next, VQ_LEFT_OUT);
         lend(q, head);
-    else
+    } else {
         (void)put_used(q, head, q->slots[head].extent);
+    }
 }
 
 int32_t message_ring_release(struct message_ring *ring, const uint16_t *heads, uint32_t count)

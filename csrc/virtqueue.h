@@ -57,8 +57,9 @@ struct vq_slot { /* private, one for each descriptor */
 #define VQ_SLOT_HELD 2 /* driver: back from the device, and not free yet */
 #define VQ_SLOT_INHERITED 3 /* driver: out, and another driver lent less than a buffer: see vq_resume */
 
-/* What vq_leave writes where single descriptors have no use for `next`: no driver that starts a
- * ring writes these. */
+/* What a driver notes where single descriptors have no use for `next`, for another one that goes on:
+ * vq_leave for each, and message_ring_receive VQ_LEFT_FREE for a buffer it keeps. No driver that
+ * starts a ring writes these. */
 #define VQ_LEFT_OUT 0xFFFE
 #define VQ_LEFT_FREE 0xFFFF
 

@@ -194,8 +194,8 @@ class MessageRing:
                 queue.resume(lent.available, lent.heads, buffer_size)
             else:
                 queue.start()
-                if not sender:
-                    queue.result(lib.message_ring_fill(ring))
+            if not sender:
+                queue.result(lib.message_ring_fill(ring))
         else:
             queue.attach()
         if sender:

@@ -1,9 +1,10 @@
 """What a driver that is gone has lent to its device, decoded so that another one can go on.
 
 Three kinds of drivers leave three kinds of rings. Ours says in each sending descriptor whether it
-is out (`Virtqueue.leave`). OpenAMP and Linux do not, so that what is out is taken to be what was
-made available and not used since, which is right where the device returns in order. All keep the
-receiving buffers lent, and place the sending ones right behind them.
+is out (`Virtqueue.leave`). OpenAMP and Linux do not, nor does one of ours that was killed, so that
+what is out is taken to be what was made available and not used since, which is right where the
+device returns in order. All keep the receiving buffers lent, but for those that ours marks while
+their messages are kept, and place the sending ones right behind them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from openamp_py.vring import VringLayout
 
 LEFT_OUT: Final = 0xFFFE
 LEFT_FREE: Final = 0xFFFF
-"""What `Virtqueue.leave` writes into `next` (virtqueue.h)."""
+"""What `Virtqueue.leave` writes into `next` (virtqueue.h); also LEFT_FREE of a kept buffer."""
 
 # addr u64, len u32, flags u16, next u16 (virtio 1.2, 2.7.5)
 _DESCRIPTOR = struct.Struct("<QIHH")
@@ -71,7 +72,7 @@ def copy_ring(name: str, layout: VringLayout, available: int, used: int, ring: b
 
 
 def find_receiving_untrusted(ring: RingCopy) -> Lent:
-    """What a driver lent to be written: all descriptors, each a whole buffer.
+    """What a driver lent to be written: all descriptors but the marked ones, each a whole buffer.
 
     Raises:
         VirtqueueError: the descriptors are not such, or contradict each other.
@@ -92,7 +93,8 @@ def find_receiving_untrusted(ring: RingCopy) -> Lent:
                 f"not {_WRITE:#x} and {size} as one that is lent to receive",
             )
     places = _find_places(ring, range(num), pa, size)
-    return Lent(ring.available, tuple(range(num)), pa, size, _offsets(places, num, size))
+    heads = tuple(h for h, (*_, mark) in enumerate(ring.descriptors) if mark != LEFT_FREE)
+    return Lent(ring.available, heads, pa, size, _offsets(places, num, size))
 
 
 def find_sending_untrusted(ring: RingCopy, pa: int, size: int) -> Lent:

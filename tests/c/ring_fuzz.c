@@ -363,8 +363,8 @@ static void check_queue(const struct vq *q)
     for (uint32_t i = 0; i < num; i++) {
         const struct vq_slot *slot = &q->slots[i];
         uint32_t position = i;
-        out += slot->state == VQ_SLOT_OUT;
-        check(slot->state <= (q->driver ? VQ_SLOT_HELD : VQ_SLOT_OUT), "state", slot->state);
+        out += slot->state == VQ_SLOT_OUT || slot->state == VQ_SLOT_INHERITED;
+        check(slot->state <= (q->driver ? VQ_SLOT_INHERITED : VQ_SLOT_OUT), "state", slot->state);
         if (slot->state == VQ_SLOT_FREE || !q->driver)
             continue;
         for (uint32_t left = slot->extent; left; left--, position = q->slots[position].next) {
@@ -705,11 +705,50 @@ static int32_t work_ring(const struct link *l, struct message_ring *ring, struct
     return ring->sender ? send_something(l, ring, payload) : receive_something(l, ring, records, data);
 }
 
+/* Another driver goes on where this one left: with what that had out, or with anything. */
+static void take_over(struct end *end)
+{
+    struct vq *q = &end->queue;
+    uint16_t heads[MAX_NUM + 2u], count = 0, available = q->next;
+    if (random_below(2))
+        vq_leave(q);
+    for (uint16_t i = 0; i < q->num; i++) {
+        if (q->slots[i].state == VQ_SLOT_OUT || q->slots[i].state == VQ_SLOT_INHERITED)
+            heads[count++] = i;
+    }
+    switch (random_below(8)) {
+    case 1:
+        count = (uint16_t)random_below(q->num + 2u);
+        for (uint16_t i = 0; i < count; i++)
+            heads[i] = (uint16_t)random_below(q->num + 1u);
+        break;
+    case 2:
+        available = (uint16_t)(vq_used_index(q) + random_below(q->num + 2u));
+        break;
+    case 3:
+        available = vq_available_index(q);
+        break;
+    default:
+        break;
+    }
+    /* Free descriptors may get other buffers. */
+    const uint32_t one = random_below(q->num), other = random_below(q->num), offset = end->offsets[one];
+    end->offsets[one] = end->offsets[other];
+    end->offsets[other] = offset;
+    int32_t result = vq_resume(q, available, heads, count, end->ring.buffer_size);
+    check((result == VQ_BROKEN) == (q->fault != 0) && result <= 0, "resume", result);
+    check(q->fault || (q->outstanding == count && q->free_count == q->num - count), "resumed with others", count);
+}
+
 /* A peer, or this side, that begins anew with what is in memory. */
 static void attach(struct end *end)
 {
     struct vq *q = &end->queue;
     uint16_t seen = q->seen;
+    if (q->driver && random_below(2)) {
+        take_over(end);
+        return;
+    }
     switch (random_below(8)) {
     case 1:
         seen = (uint16_t)(vq_used_index(q) - random_below(q->num + 2u));

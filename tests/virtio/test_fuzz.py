@@ -57,6 +57,7 @@ MUTANTS = {
         "virtqueue_inline.h", "(int32_t)id;", "(int32_t)__atomic_load_n(&element->id, 0);"
     ),
     "header": Mutant("message_ring.c", "chain.filled >= MESSAGE_HEADER &&", ""),
+    "resume": Mutant("virtqueue.c", "if (heads[i] >= q->num)", "if (heads[i] > 0x8000u)"),
     "count": Mutant("virtqueue_inline.h", "(uint16_t)(q->free_count + count)", "q->free_count"),
 }
 

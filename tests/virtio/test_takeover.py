@@ -215,6 +215,38 @@ def test_a_device_that_returns_out_of_order_is_known_by_what_our_driver_noted() 
         assert all(mark not in (LEFT_OUT, LEFT_FREE) for *_, mark in queue.copy().descriptors)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
+def test_a_host_that_is_killed_while_it_keeps_messages(order: tuple[int, ...]) -> None:
+    """The next one sees none of them again, and the device gets all buffers back."""
+    layout = VringLayout(4, 64)
+    with memory(bytes(0x2000)) as mem:
+        pool = (0x1000, mem.view[0x1000:0x1800])
+        first = MessageRing(mem.queue(0, layout), sender=False, buffer_size=0x200, pool=pool)
+        mem.closing.callback(first.close)
+        device = mem.queue(0, layout, Role.DEVICE)
+        peer = MessageRing(device, sender=True, buffer_size=0x200)
+        mem.closing.callback(peer.close)
+        kept = []
+        for number in range(4):
+            assert peer.send(1, 2, b"%d" % number) >= 0
+            kept += [arrival.head for arrival in first.receive(give_back=False)[0]]
+        first.release([kept[number] for number in order[:3]])
+        for number in range(4, 9):  # these circulate, past the one that is kept
+            assert peer.send(1, 2, b"%d" % number) >= 0
+            if number < 7:
+                first.receive()
+        lent = find_receiving_untrusted(mem.queue(0, layout).copy())
+        assert set(range(4)) - set(lent.heads) == {kept[order[3]]}
+        second = mem.ring(mem.queue(0, layout), sender=False, lent=lent)
+        found = [message.payload for each in second.receive()[0] for message in each.messages]
+        assert found == [b"7", b"8"]
+        count = 0
+        while peer.send(1, 2, b"new") >= 0:
+            count += 1
+        assert count == 4
+        assert len(second.receive()[0]) == 4
+
+
 # Refusals
 
 GOOD = ((0x1000, 512, 2, 1), (0x1200, 512, 2, 0))
