@@ -108,8 +108,15 @@ class Arena:
         if size:
             bisect.insort(self._taken, (da, da + size))
 
-    def allocate(self, size: int, align: int) -> int | None:
-        """Takes the lowest free range and returns its device address, or None without room."""
+    def allocate(self, size: int, align: int, *, below: int = 1 << 64) -> int | None:
+        """Takes the lowest free range of the first region that has one.
+
+        Args:
+            below: where it ends at the latest.
+
+        Returns:
+            Its device address, or None without room.
+        """
         for region in self._memory.regions:
             da = _align_up(region.da, align)
             for start, end in self._taken:
@@ -118,7 +125,7 @@ class Arena:
                 if start >= da + size:
                     break
                 da = _align_up(end, align)
-            if da + size <= region.da + region.size:
+            if da + size <= min(region.da + region.size, below):
                 self.reserve(da, size)
                 return da
         return None

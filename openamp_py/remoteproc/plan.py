@@ -28,6 +28,7 @@ Translate: TypeAlias = Callable[[int, int], "memoryview | None"]
 """The memory at a device address of a given size; None where the core has none there."""
 
 _U32 = struct.Struct("<I")
+_U32_SPACE: Final = 1 << 32
 _ZEROS = memoryview(bytes(CHUNK_SIZE))
 
 
@@ -205,6 +206,7 @@ class _Planner:
     def _share(self, carveout: rt.Carveout, da: int) -> None:
         """Takes what a carveout names, or finds that it fits into what its name stands for."""
         what, size = f"carveout {carveout.name!r}", carveout.length
+        _check_encodable(what, da, size)
         region = self._regions.get(carveout.name)
         if region is not None:
             _check_inside(what, da, size, f"region {region.name!r}", (region.da, region.size))
@@ -225,7 +227,13 @@ class _Planner:
             yield self._patch(carveout.offset + rt.MEMORY_DA_OFFSET, da)
         region = self._region_of(da)
         if carveout.length and region is not None:
-            yield self._patch(carveout.offset + rt.MEMORY_PA_OFFSET, region.pa + da - region.da)
+            pa = region.pa + da - region.da
+            if pa >= _U32_SPACE:
+                _logger.warning(
+                    "carveout %r: %#x is no u32: the table's pa stays", carveout.name, pa
+                )
+            else:
+                yield self._patch(carveout.offset + rt.MEMORY_PA_OFFSET, pa)
 
     def _place_any_carveout(self, carveout: rt.Carveout) -> int:
         if carveout.name and carveout.name in self.carveouts:
@@ -262,6 +270,7 @@ class _Planner:
             return self._allocate(name, size, max(vring.align, CARVEOUT_ALIGN))
         place, room = self.carveouts[name]
         da = place if vring.da == DA_ANY else vring.da
+        _check_encodable(name, da, size)
         if da < place or da + size > place + room or da % vring.align:
             raise ResourceTableError(
                 f"carveout {name!r} has {room:#x} bytes at {place:#x}; the vring of {vring.num} "
@@ -271,11 +280,11 @@ class _Planner:
         return da
 
     def _allocate(self, what: str, size: int, align: int) -> int:
-        da = self._arena.allocate(size, align)
+        da = self._arena.allocate(size, align, below=_U32_SPACE)
         if da is None:
             raise ResourceTableError(
-                f"{what}: no room for {size:#x} bytes aligned to {align:#x} "
-                f"in the core's memory: {self._memory}"
+                f"{what}: no room for {size:#x} bytes aligned to {align:#x}, below "
+                f"{_U32_SPACE:#x}, in the core's memory: {self._memory}"
             )
         return da
 
@@ -302,6 +311,15 @@ class _Planner:
 
     def _patch(self, offset: int, value: int) -> tuple[int, bytes]:
         return self._table_da + offset, _U32.pack(value)
+
+
+def _check_encodable(what: str, da: int, size: int) -> None:
+    """A region may lie where a table's addresses do not reach."""
+    if da + size > _U32_SPACE:
+        raise ResourceTableError(
+            f"{what}: {size:#x} bytes at {da:#x} end beyond {_U32_SPACE:#x}; addresses in a "
+            "resource table have 32 bits"
+        )
 
 
 def _check_inside(what: str, da: int, size: int, whose: str, room: tuple[int, int]) -> None:

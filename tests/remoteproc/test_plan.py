@@ -196,6 +196,51 @@ def test_notify_ids_are_unique_over_all_vdevs(memory: MemoryMap) -> None:
     assert all(above - below >= 0x1086 for below, above in pairwise(rings))
 
 
+HIGH = 1 << 32
+
+
+def two_halves(high: Region) -> MemoryMap:
+    return MemoryMap(
+        [Region("ram", RAM_DA, RAM_DA, memoryview(bytearray(0x4000))), high],
+    )
+
+
+def test_what_a_table_must_name_lies_below_4_gib() -> None:
+    """Also where the first memory with room reaches beyond."""
+    low = Region("low", HIGH - 0x3000, 0, memoryview(bytearray(0x8000)))
+    high = Region("high", HIGH + 0x1_0000, 0x8000, memoryview(bytearray(0x8000)))
+    ram = two_halves(low).regions[0]
+    memory = MemoryMap([high, low, ram])
+    any_of = Carveout(DA_ANY, DA_ANY, 0x2000, 0, "any")
+    table = _load(memory, any_of, replace(any_of, name="other"))
+    assert [carveout.da for carveout in table.carveouts] == [HIGH - 0x3000, RAM_DA + 0x2000]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (Carveout(DA_ANY, DA_ANY, 0x4000, 0, "c"), "no room for 0x4000 bytes.*below 0x100000000"),
+        (Carveout(DA_ANY, DA_ANY, 0x10, 0, "high"), "0x10 bytes at 0x100000000 end beyond"),
+        (VDEV, "vdev0vring1.* at 0x100000000 end beyond"),
+    ],
+)
+def test_refuses_what_a_table_cannot_name(entry: Entry, message: str) -> None:
+    name = "vdev0vring1" if isinstance(entry, Vdev) else "high"
+    high = Region(name, HIGH, 0, memoryview(bytearray(0x8000)))
+    with pytest.raises(ResourceTableError, match=message):
+        plan_load(_firmware(entry), two_halves(high))
+
+
+def test_a_physical_address_that_the_table_cannot_name_stays_as_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    memory = MemoryMap([Region("ram", RAM_DA, HIGH, memoryview(bytearray(0x4000)))])
+    with caplog.at_level(logging.WARNING):
+        (carveout,) = _load(memory, Carveout(DA_ANY, DA_ANY, 0x1000, 0, "c")).carveouts
+    assert (carveout.da, carveout.pa) == (RAM_DA, DA_ANY)
+    assert "carveout 'c': 0x100000000 is no u32" in caplog.text
+
+
 def test_devmem_is_reported_and_nothing_is_mapped(
     memory: MemoryMap, caplog: pytest.LogCaptureFixture
 ) -> None:
