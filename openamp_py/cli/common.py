@@ -6,11 +6,13 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import trio
 
 from openamp_py.errors import OpenAMPError, PeerError
+from openamp_py.remoteproc.sources import read_image
 
 DONE, FAILED, USAGE = 0, 1, 2
 """Exit codes: done; the peer, the firmware or the platform failed; used wrongly."""
@@ -79,6 +81,18 @@ def printable(text: str) -> str:
     return "".join(
         each if each.isprintable() or each in "\n\t" else f"\\x{ord(each):02x}" for each in text
     )
+
+
+def read_firmware(path: Path) -> bytes:
+    """The bytes of a firmware image: a file, or the name of one in the search path.
+
+    Raises:
+        ImageError: it is too large, or has no end.
+        OSError: it cannot be read.
+    """
+    data = trio.run(read_image, path)
+    assert isinstance(data, bytes), "a path is not decoded"
+    return data
 
 
 def positive_int(text: str) -> int:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from openamp_py.cli.common import DONE, Subparsers, address
+from openamp_py.cli.common import DONE, Subparsers, address, read_firmware
 from openamp_py.constants import DA_ANY, NOTIFY_ID_ANY
 from openamp_py.remoteproc import Firmware
 from openamp_py.remoteproc.images import decode_image_untrusted, loader_names
@@ -33,7 +33,7 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     firmware = decode_image_untrusted(
-        options.firmware.read_bytes(), loader=options.loader, address=options.address
+        read_firmware(options.firmware), loader=options.loader, address=options.address
     )
     if options.json:
         print(json.dumps({"firmware": str(options.firmware), **firmware.to_dict()}, indent=2))

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from openamp_py.cli.common import DONE, FAILED, Subparsers, address
+from openamp_py.cli.common import DONE, FAILED, Subparsers, address, read_firmware
 from openamp_py.remoteproc.lint import Finding, Severity, lint_firmware
 
 
@@ -20,7 +20,7 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
         description="Finds every fault of an image and its resource table, with reason and cure. "
         "Exit code 1 when there is an error.",
     )
-    parser.add_argument("firmware", type=Path, help="ELF file")
+    parser.add_argument("firmware", type=Path, help="ELF file; of others only the format is seen")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument("--strict", action="store_true", help="a warning counts as an error")
     parser.add_argument(
@@ -34,14 +34,17 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
 
 
 def _memory(text: str) -> tuple[int, int]:
-    da, colon, size = text.partition(":")
-    if not colon:
-        raise argparse.ArgumentTypeError(f"{text} is not DA:SIZE, such as 0x20000000:0x10000")
-    return address(da), address(size)
+    da, _, size = text.partition(":")
+    try:
+        return address(da), address(size)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not DA:SIZE, such as 0x20000000:0x10000"
+        ) from None
 
 
 def _run(options: argparse.Namespace) -> int:
-    findings = lint_firmware(options.firmware.read_bytes(), ram=options.ram)
+    findings = lint_firmware(read_firmware(options.firmware), ram=options.ram)
     counts = Counter(finding.severity for finding in findings)
     if options.json:
         result = {

@@ -31,6 +31,7 @@ MAX_SEGMENTS: Final = MAX_PROGRAM_HEADERS
 _ALL: Final = 7  # read, write, execute: these formats do not say
 _READ_WRITE: Final = 6
 _ADDRESS_SPACE: Final = 1 << 64
+_RECORD_SPACE: Final = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,6 +287,11 @@ def _assemble(parts: _Parts, what: str, end: str) -> Firmware:
             raise ImageError(
                 f"{what}: {len(content)} bytes at {address:#x} overlap those below, which end at "
                 f"{last_end:#x}"
+            )
+        if address + len(content) > _RECORD_SPACE:
+            raise ImageError(
+                f"{what}: {len(content)} bytes at {address:#x} end beyond {_RECORD_SPACE:#x}; its "
+                "addresses have 32 bits"
             )
         if address == last_end:
             segments[-1][1].extend(content)

@@ -594,7 +594,7 @@ def _find_table(
         return None
     if at + size > len(data):
         report("truncated", where, f"{size:#x} bytes at {at:#x} end beyond the file")
-    words = data[at : at + size]
+    words = data[at : at + min(size, rt.TABLE_LIMIT)]
     if size > rt.TABLE_LIMIT:
         report("table-too-large", where, f"{size:#x} bytes, limit {rt.TABLE_LIMIT:#x}")
     for load in loads:

@@ -10,6 +10,7 @@ import pytest
 from openamp_py.cli import main
 from openamp_py.constants import DA_ANY
 from openamp_py.platforms.native import shipped_echo
+from openamp_py.remoteproc import sources
 from openamp_py.remoteproc.elf import decode_elf_untrusted
 from openamp_py.remoteproc.resource_table import DevMem, encode_table, rpmsg_table
 
@@ -95,19 +96,49 @@ def test_json_is_one_object(broken: Path, capsys: pytest.CaptureFixture[str]) ->
         ["lint"],
         ["lint", "--ram", "5", "x"],
         ["lint", "--ram", "0:-1", "x"],
+        ["lint", "--ram", "a:b", "x"],
         ["inspect", "--loader", "uf2", "x"],
         ["inspect", "--address", "ten", "x"],
     ],
 )
-def test_wrong_use(arguments: list[str]) -> None:
+def test_wrong_use(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+    assert "_memory" not in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lint", str(tmp_path / "none.elf")]) == 1
-    assert "No such file" in capsys.readouterr().err
+    assert "no such file" in capsys.readouterr().err.lower()
+
+
+@pytest.mark.parametrize("command", ["lint", "inspect"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("/", "Is a directory"), ("/dev/zero", "more; the limit is"), ("sparse", "more; the limit")],
+)
+def test_what_cannot_be_read_is_one_line(
+    command: str,
+    name: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sources, "IMAGE_LIMIT", 1 << 22)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate((1 << 22) + 1)
+    assert main([command, str(tmp_path / name)]) == 1
+    out, err = capsys.readouterr()
+    assert not out and message in err
+    assert err.startswith(f"openamp {command}: ") and err.count("\n") == 1
+
+
+def test_firmware_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAMP_FIRMWARE_PATH", str(ECHO.parent))
+    assert main(["lint", ECHO.name]) == 0
+    assert main(["inspect", ECHO.name]) == 0
 
 
 def test_inspect_shows_images_of_other_formats(

@@ -195,6 +195,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         _lines((0, 8, b"above"), (0, 0, b"1234"), (0, 4, b"567890")),
         r"5 bytes at 0x8 overlap those below, which end at 0xa",
     ),
+    "beyond 32 bits": (
+        _lines((4, 0, b"\xff\xff"), (0, 0xFFFE, b"abc")),
+        r"3 bytes at 0xfffffffe end beyond 0x100000000",
+    ),
     "segments": (
         _lines(*[(0, 2 * number, b"x") for number in range(1025)]),
         r"more than 1024 separate segments",

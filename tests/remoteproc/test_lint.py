@@ -416,6 +416,12 @@ def golden_image(name: str) -> bytes:
 # Hostile input
 
 
+def test_no_more_is_read_of_a_long_table_than_a_host_reads() -> None:
+    """Which bounds what 1024 vdevs of 255 vrings cost."""
+    long = (Unknown(9, bytes(0x1_4000)), Vdev(9, 9, 0, vrings=(ANY_VRING,) * 3))
+    assert codes(image(VDEV, *long)) == ["table-too-large", "entry-offset", "unknown-entry"]
+
+
 def test_the_number_of_findings_is_bounded() -> None:
     raw = image(VDEV, *[Unknown(9, b"")] * 1000)
     found = codes(raw)
