@@ -643,7 +643,8 @@ class _Table:
         self._rings: list[_Range] = []
         self._buffers: list[tuple[str, str, int]] = []
         self._ring_homes: list[tuple[str, str, int, int, int]] = []
-        self._notify_ids: Counter[int] = Counter()
+        self._vdev_ids: Counter[int] = Counter()
+        self._vring_ids: Counter[int] = Counter()
         self._vdevs = 0
         self._place = [] if da is None else [_Range(da, len(words), "the resource table")]
 
@@ -810,25 +811,22 @@ class _Table:
             self._report("no-name-service", where, f"features {offered:#x} lack bit 0")
         if offered & VIRTIO_RING_F_EVENT_IDX:
             self._report("event-idx", where, f"features {offered:#x} have bit 29")
-        ids = [notify_id]
+        self._lint_notify_id(self._vdev_ids, notify_id, where)
         nums = []
         for number in range(count):
             at = offset + _VDEV_SIZE + rt.VRING_SIZE * number
-            num, ring_id = self._lint_vring(at, f"{where}, vring {number}", index, number)
-            nums.append(num)
-            ids.append(ring_id)
-        self._lint_notify_ids(ids, where)
+            nums.append(self._lint_vring(at, f"{where}, vring {number}", index, number))
         if id_ == VIRTIO_ID_RPMSG:
             self._buffers.append((f"vdev{index}buffer", where, sum(nums) * BUFFER_SIZE))
         return size
 
-    def _lint_notify_ids(self, ids: list[int], where: str) -> None:
-        for notify_id in ids:
-            self._notify_ids[notify_id] += 1
-            if notify_id != NOTIFY_ID_ANY and self._notify_ids[notify_id] == 2:
-                self._report("notify-id-duplicate", where, f"notify id {notify_id} is taken")
+    def _lint_notify_id(self, ids: Counter[int], notify_id: int, where: str) -> None:
+        """A vdev and a vring may share one: hosts give the vrings theirs."""
+        ids[notify_id] += 1
+        if notify_id != NOTIFY_ID_ANY and ids[notify_id] == 2:
+            self._report("notify-id-duplicate", where, f"notify id {notify_id} is taken")
 
-    def _lint_vring(self, at: int, where: str, index: int, number: int) -> tuple[int, int]:
+    def _lint_vring(self, at: int, where: str, index: int, number: int) -> int:
         da, align, num, notify_id, _ = struct.unpack_from("<5I", self._words, at)
         num_fits = 1 <= num <= MAX_NUM and not num & (num - 1)
         align_fits = align >= MIN_ALIGN and not align & (align - 1)
@@ -848,7 +846,8 @@ class _Table:
                 self._rings.append(_Range(da, size, where))
                 _check_ram(self._report, self._ram, self._rings[-1])
             self._ring_homes.append((f"vdev{index}vring{number}", where, da, size, align))
-        return int(num) if num_fits else 0, int(notify_id)
+        self._lint_notify_id(self._vring_ids, notify_id, where)
+        return int(num) if num_fits else 0
 
     def _lint_together(self) -> None:
         """What entries do to each other, and to what is loaded."""

@@ -141,11 +141,8 @@ class _Planner:
         self._translate = translate
         self.carveouts: dict[str, tuple[int, int]] = {}
         self._written: list[tuple[int, int, str]] = []
-        self._claimed_ids = {
-            notify_id
-            for vdev in self._table.vdevs
-            for notify_id in (vdev.notify_id, *(vring.notify_id for vring in vdev.vrings))
-        }
+        self._ring_ids = {vring.notify_id for vdev in self._table.vdevs for vring in vdev.vrings}
+        self._claimed_ids = self._ring_ids | {vdev.notify_id for vdev in self._table.vdevs}
         self._given_ids: set[int] = set()
         self._next_id = 0
 
@@ -250,7 +247,10 @@ class _Planner:
     def _place_vdev(self, index: int, vdev: rt.Vdev) -> Iterator[tuple[int, bytes]]:
         yield self._patch(vdev.offset + rt.VDEV_DRIVER_FEATURES_OFFSET, 0)
         yield self._table_da + vdev.offset + rt.VDEV_STATUS_OFFSET, b"\0"
-        yield self._patch(vdev.offset + rt.VDEV_NOTIFY_ID_OFFSET, self._give_id(vdev.notify_id))
+        # Much firmware has 0 for the vdev and for its first vring, where Linux knows only vrings'
+        # ids, and has the latter built in.
+        asked = NOTIFY_ID_ANY if vdev.notify_id in self._ring_ids else vdev.notify_id
+        yield self._patch(vdev.offset + rt.VDEV_NOTIFY_ID_OFFSET, self._give_id(asked))
         for number, vring in enumerate(vdev.vrings):
             offset = vdev.offset + rt.VDEV_VRINGS_OFFSET + number * rt.VRING_SIZE
             da = self._place_vring(f"vdev{index}vring{number}", vring)

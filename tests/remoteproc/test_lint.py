@@ -387,6 +387,15 @@ def test_errors_are_what_decoding_refuses_and_what_cannot_be_placed(name: str) -
         assert not errors - placing
 
 
+@pytest.mark.parametrize(
+    ("vdev_id", "ids", "name"),
+    [(0, (0, 1), "STM32Cube and Zephyr"), (0, (1, 2), "OpenAMP's demos"), (1, (0, 1), "others")],
+)
+def test_the_ids_of_usual_tables_are_clean(vdev_id: int, ids: tuple[int, int], name: str) -> None:
+    vrings = (replace(ANY_VRING, notify_id=number) for number in ids)
+    assert codes(vdev(*vrings, notify_id=vdev_id)) == [], name
+
+
 def test_golden_images() -> None:
     """What Linux refuses has an error here, but for what depends on its memory or its IOMMU."""
     lines = GOLDEN / "firmware.jsonl"

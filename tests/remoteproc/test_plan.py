@@ -90,7 +90,15 @@ def test_fixed_vrings_stay_and_nothing_is_put_on_them(memory: MemoryMap) -> None
 def test_an_id_that_is_named_twice_is_renumbered(memory: MemoryMap) -> None:
     vring = replace(ANY_VRING, notify_id=0)
     (vdev,) = _load(memory, Vdev(7, 0, 1, vrings=(vring, vring))).vdevs
-    assert [vdev.notify_id, *(v.notify_id for v in vdev.vrings)] == [0, 1, 2]
+    assert [vdev.notify_id, *(v.notify_id for v in vdev.vrings)] == [1, 0, 2]
+
+
+def test_vrings_keep_ids_that_a_vdev_has_too(memory: MemoryMap) -> None:
+    """The usual table: id 0 for the vdev, 0 and 1 for its vrings."""
+    pairs = [tuple(replace(ANY_VRING, notify_id=first + i) for i in (0, 1)) for first in (0, 2)]
+    table = _load(memory, *(Vdev(7, number, 1, vrings=pairs[number]) for number in (0, 1)))
+    assert [v.notify_id for vdev in table.vdevs for v in vdev.vrings] == [0, 1, 2, 3]
+    assert [vdev.notify_id for vdev in table.vdevs] == [4, 5]
 
 
 def test_carveouts_get_addresses_and_names_are_found(memory: MemoryMap) -> None:
