@@ -108,6 +108,14 @@ def find_sending_untrusted(ring: RingCopy, pa: int, size: int) -> Lent:
         VirtqueueError: indexes or descriptors contradict that, or each other.
     """
     num = len(ring.descriptors)
+    for head, (address, length, *_) in enumerate(ring.descriptors):
+        if length > size or (length and _place_of(ring, address, pa, size) is None):
+            raise _refuse(
+                ring,
+                f"descriptor {head} was last used for {length} bytes at {address:#x}, which are "
+                f"in none of {num} buffers of {size} bytes from {pa:#x} on: is "
+                "BusOptions.send_buffer_size the same as before?",
+            )
     marks = [mark for *_, mark in ring.descriptors]
     if all(mark in (LEFT_OUT, LEFT_FREE) for mark in marks):
         heads = [head for head, mark in enumerate(marks) if mark == LEFT_OUT]
@@ -128,7 +136,7 @@ def find_sending_untrusted(ring: RingCopy, pa: int, size: int) -> Lent:
             raise _refuse(
                 ring,
                 f"descriptor {head}, which is out, has flags {flags:#x} and {length} bytes; 0 and "
-                f"{_HEADER} to {size} bytes are possible (BusOptions.send_buffer_size)",
+                f"{_HEADER} to {size} bytes are possible",
             )
     places = _find_places(ring, heads, pa, size)
     return Lent(ring.available, tuple(heads), pa, size, _offsets(places, num, size))
@@ -140,8 +148,8 @@ def _find_places(ring: RingCopy, heads: Sequence[int], pa: int, size: int) -> di
     taken: set[int] = set()
     for head in heads:
         address = ring.descriptors[head][0]
-        place, rest = divmod(address - pa, size)
-        if rest or not 0 <= place < len(ring.descriptors):
+        place = _place_of(ring, address, pa, size)
+        if place is None:
             raise _refuse(
                 ring,
                 f"descriptor {head} points at {address:#x}, which is none of "
@@ -152,6 +160,12 @@ def _find_places(ring: RingCopy, heads: Sequence[int], pa: int, size: int) -> di
         places[head] = place
         taken.add(place)
     return places
+
+
+def _place_of(ring: RingCopy, address: int, pa: int, size: int) -> int | None:
+    """Which of the buffers begins there, or None."""
+    place, rest = divmod(address - pa, size)
+    return place if not rest and 0 <= place < len(ring.descriptors) else None
 
 
 def _offsets(places: dict[int, int], num: int, size: int) -> tuple[int, ...]:

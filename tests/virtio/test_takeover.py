@@ -283,9 +283,13 @@ SENT = ((0x1000, 512, 0, 1), (0x1200, 100, 0, 0))
         (1, (2, 0), SENT, "descriptor 2 is out; there are 2"),
         (2, (0, 0), SENT, "descriptor 0, or its buffer at 0x1000, is out twice"),
         (1, (0, 1), ((0x1000, 512, 2, 1), SENT[1]), "descriptor 0, which is out, has flags 0x2"),
-        (1, (0, 1), ((0x1000, 513, 0, 1), SENT[1]), "513 bytes; 0 and 16 to 512 bytes"),
-        (1, (0, 1), ((0x1000, 15, 0, 1), SENT[1]), "15 bytes"),
-        (1, (0, 1), ((0xFFF, 512, 0, 1), SENT[1]), "points at 0xfff"),
+        (1, (0, 1), ((0x1000, 15, 0, 1), SENT[1]), "15 bytes; 0 and 16 to 512 bytes"),
+        (1, (0, 1), ((0x1001, 0, 0, 1), SENT[1]), "0 bytes; 0 and 16 to 512 bytes"),
+        # Also where nothing is out.
+        (0, (0, 1), ((0x1000, 513, 0, 1), SENT[1]), "descriptor 0 was last used for 513 bytes"),
+        (0, (0, 1), ((0xFFF, 512, 0, 1), SENT[1]), "at 0xfff, which are in none of 2 buffers"),
+        (0, (0, 1), (SENT[0], (0x1400, 9, 0, 1)), "descriptor 1 .*9 bytes at 0x1400"),
+        (0, (0, 1), (SENT[0], (0x1100, 256, 0, 1)), "send_buffer_size the same as before"),
     ],
 )
 def test_sending_rings_that_contradict_themselves(
