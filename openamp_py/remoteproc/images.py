@@ -112,8 +112,10 @@ def with_table(firmware: Firmware, table: ResourceTable, da: int) -> Firmware:
 
     Raises:
         ResourceTableError: a segment would hold only a part of it, or it is too long.
-        ValueError: the table cannot be encoded.
+        ValueError: the table cannot be encoded, or `da` is no address.
     """
+    if not 0 <= da < _ADDRESS_SPACE:
+        raise ValueError(f"da {da:#x} is not a device address of at most 64 bits")
     data = encode_table(table)
     if len(data) > TABLE_LIMIT:
         raise ResourceTableError(f"a table of {len(data):#x} bytes; the limit is {TABLE_LIMIT:#x}")

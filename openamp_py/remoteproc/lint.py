@@ -239,8 +239,8 @@ RULES: Final[dict[str, _Rule]] = {
     ),
     "trace-empty": _Rule(_W, "There is nothing to read.", "Set its length."),
     "trace-outside": _Rule(
-        _W,
-        "Nobody reserves this memory: what is read may be anything, and may belong to others.",
+        _N,
+        "Nothing in the image reserves this memory: hosts other than this one may put rings there.",
         "Put the buffer into .bss, or into a carveout with a fixed address.",
     ),
     # Virtio devices
@@ -854,7 +854,7 @@ class _Table:
         if not self._vdevs:
             self._report("no-vdev", "resource table", "there is no vdev entry")
         self._lint_homes()
-        fixed = {memory.what: memory for memory in self._carveouts}
+        fixed = self._first_carveouts()
         for name, where, needed in self._buffers:
             room = fixed[name].size if name in fixed else self._any_carveouts.get(name, needed)
             if room < needed:
@@ -880,8 +880,12 @@ class _Table:
             if not any(home.holds(trace) for home in homes):
                 self._report("trace-outside", trace.what, f"{trace} are in no segment or carveout")
 
+    def _first_carveouts(self) -> dict[str, _Range]:
+        """By name: what comes later with a name lies in the first."""
+        return {memory.what: memory for memory in reversed(self._carveouts)}
+
     def _lint_homes(self) -> None:
-        fixed = {memory.what: memory for memory in self._carveouts}
+        fixed = self._first_carveouts()
         for name, where, da, size, align in self._ring_homes:
             home = fixed.get(name)
             room = self._any_carveouts.get(name)

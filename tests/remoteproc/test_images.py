@@ -167,6 +167,9 @@ def test_a_table_that_a_segment_holds_in_part_is_refused() -> None:
             with_table(plain, TABLE, da)
     with pytest.raises(ResourceTableError, match=r"a table of 0x1\w+ bytes; the limit is 0x10000"):
         with_table(plain, ResourceTable((Unknown(9, bytes(0x10000)),)), 0)
+    for da in (-4, 1 << 64):
+        with pytest.raises(ValueError, match="is not a device address of at most 64 bits"):
+            with_table(plain, TABLE, da)
 
 
 # Refusals
