@@ -219,6 +219,12 @@ RULES: Final[dict[str, _Rule]] = {
     ),
     # Memory
     "carveout-empty": _Rule(_W, "It gives the remote no memory.", "Set its length."),
+    "carveout-shared": _Rule(
+        _E,
+        "Carveouts of one name are one memory: that of the first with a fixed address, or else of "
+        "the first.",
+        "Let that one hold the others, or give each a name of its own.",
+    ),
     "carveouts-overlap": _Rule(
         _W, "Two users of one memory, unless one is meant to hold the other.", "Move one of them."
     ),
@@ -638,6 +644,7 @@ class _Table:
         self._ram = ram
         self._carveouts: list[_Range] = []
         self._any_carveouts: dict[str, int] = {}
+        self._named: list[tuple[bool, str, _Range]] = []
         self._names: Counter[tuple[int, str]] = Counter()
         self._traces: list[_Range] = []
         self._rings: list[_Range] = []
@@ -736,6 +743,8 @@ class _Table:
         self._names[rt.Carveout.TYPE, name] += 1
         if self._names[rt.Carveout.TYPE, name] == 2 and name:
             self._report("name-duplicate", where, f"another carveout is named {name!r}")
+        if name:
+            self._named.append((da == DA_ANY, name, _Range(da, length, where)))
         if not length:
             self._report("carveout-empty", where, f"carveout {name!r} has 0 bytes")
         elif da != DA_ANY:
@@ -853,7 +862,8 @@ class _Table:
         """What entries do to each other, and to what is loaded."""
         if not self._vdevs:
             self._report("no-vdev", "resource table", "there is no vdev entry")
-        self._lint_homes()
+        placed = self._lint_homes()
+        self._lint_shared()
         fixed = self._first_carveouts()
         for name, where, needed in self._buffers:
             room = fixed[name].size if name in fixed else self._any_carveouts.get(name, needed)
@@ -870,7 +880,7 @@ class _Table:
                     self._report("memory-overlaps-image", memory.what, what)
                     break
         buffers = [memory for name, memory in fixed.items() if name.endswith("buffer")]
-        for below, above in pairwise(sorted(self._rings + buffers)):
+        for below, above in pairwise(sorted(self._rings + placed + buffers)):
             if below.end > above.da:
                 what = f"{below} overlap {above.what} at {above.da:#x}"
                 self._report("rings-overlap", below.what, what)
@@ -884,13 +894,26 @@ class _Table:
         """By name: what comes later with a name lies in the first."""
         return {memory.what: memory for memory in reversed(self._carveouts)}
 
-    def _lint_homes(self) -> None:
+    def _lint_shared(self) -> None:
+        first: dict[str, _Range] = {}
+        for is_any, name, memory in sorted(self._named, key=lambda each: each[0]):
+            home = first.setdefault(name, memory)
+            there = memory._replace(da=home.da) if is_any else memory
+            if not home.holds(there):
+                what = f"{memory.size:#x} bytes; the first named {name!r} has {home}"
+                self._report("carveout-shared", memory.what, what)
+
+    def _lint_homes(self) -> list[_Range]:
+        """Returns where vrings for any address lie, whose carveouts have a fixed one."""
+        placed = []
         fixed = self._first_carveouts()
         for name, where, da, size, align in self._ring_homes:
             home = fixed.get(name)
             room = self._any_carveouts.get(name)
             if home is not None:
                 place = home.da if da == DA_ANY else da
+                if da == DA_ANY:
+                    placed.append(_Range(place, size, where))
                 bad = not home.holds(_Range(place, size, "")) or bool(place % align)
             else:
                 bad = room is not None and (size > room or da != DA_ANY)
@@ -898,6 +921,7 @@ class _Table:
                 what = f"it needs {size:#x} bytes aligned to {align:#x}; carveout {name!r} has "
                 what += f"{home if home is not None else hex(room or 0)}"
                 self._report("vring-carveout", where, what)
+        return placed
 
     def _lint_carveouts(self, names: set[str]) -> None:
         plain = sorted(memory for memory in self._carveouts if memory.what not in names)

@@ -235,6 +235,17 @@ BROKEN: dict[str, tuple[bytes, str]] = {
         "notify-id-duplicate",
     ),
     "notify ids of two devices": (image(*[replace(VDEV, notify_id=5)] * 3), "notify-id-duplicate"),
+    "a ring where another is placed": (
+        image(
+            memory(FREE_DA, 0x2000, "vdev0vring1"),
+            replace(VDEV, vrings=(replace(ANY_VRING, da=FREE_DA), ANY_VRING)),
+        ),
+        "rings-overlap",
+    ),
+    "carveouts that do not share": (
+        image(VDEV, memory(FREE_DA, 0x10, "pool"), memory(FREE_DA, 0x20, "pool")),
+        "carveout-shared name-duplicate",
+    ),
     "num 0": (vdev(ANY_VRING, replace(ANY_VRING, num=0)), "vring-num"),
     "num 17": (vdev(ANY_VRING, replace(ANY_VRING, num=17)), "vring-num"),
     "num 65536": (vdev(ANY_VRING, replace(ANY_VRING, num=65536)), "vring-num"),
@@ -377,7 +388,7 @@ def test_errors_are_what_decoding_refuses_and_what_cannot_be_placed(name: str) -
     errors = {code for code in expected.split() if RULES[code].severity is Severity.ERROR}
     placing = {
         "buffers-do-not-fit", "memory-overlaps-image", "rings-overlap", "table-misaligned",
-        "table-too-large", "vring-carveout",
+        "table-too-large", "vring-carveout", "carveout-shared",
     }  # fmt: skip
     try:
         decode_image_untrusted(raw)
@@ -402,6 +413,26 @@ def test_a_vring_lies_in_the_first_carveout_of_its_name() -> None:
     entries = [memory(at, length, "vdev0vring0") for length in (0x4000, 0x100)]
     assert codes(image(VDEV, *entries)) == ["name-duplicate"]
     assert "vring-carveout" in codes(image(VDEV, *reversed(entries)))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_good"),
+    [
+        ((FREE_DA, 0x20), (FREE_DA + 0x10, 0x10), True),
+        ((FREE_DA, 0x20), (FREE_DA + 0x20, 0x10), False),
+        ((FREE_DA, 0x20), (DA_ANY, 0x20), True),
+        ((FREE_DA, 0x20), (DA_ANY, 0x30), False),
+        ((DA_ANY, 0x20), (FREE_DA, 0x30), True),
+        ((DA_ANY, 0x20), (FREE_DA, 0x10), False),
+        ((DA_ANY, 0x20), (DA_ANY, 0x10), True),
+        ((DA_ANY, 0x20), (DA_ANY, 0x30), False),
+    ],
+)
+def test_carveouts_of_one_name_lie_in_one(
+    first: tuple[int, int], second: tuple[int, int], is_good: bool
+) -> None:
+    raw = image(memory(*first, "pool"), memory(*second, "pool"), VDEV)
+    assert ("carveout-shared" not in codes(raw)) is is_good
 
 
 def test_golden_images() -> None:
