@@ -53,8 +53,10 @@ async def make_dump(
     segments = [*dump_segments(loaded, translate, [*ranges, *added])]
     try:
         segments += await platform.dump_segments()
-    except OpenAMPError as error:
-        _logger.error("platform %s: its part of the coredump is missing: %s", platform.name, error)
+    except Exception as error:
+        _logger.error(
+            "platform %s: its part of the coredump is missing: %s", platform.name, repr(error)
+        )
     crash = failure if isinstance(failure, CoreCrashedError) else None
     return Coredump(
         machine=core.machine if core else 0,

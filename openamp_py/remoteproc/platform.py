@@ -166,7 +166,10 @@ class Platform(abc.ABC):
         """
         for da, data in plan.chunks():
             target = translate(da, len(data))
-            assert target is not None, "plan_load found it"
+            if target is None:
+                raise PlatformError(
+                    f"platform {self.name}: the memory at {da:#x} has gone since it was asked for"
+                )
             target[:] = data
             await trio.lowlevel.checkpoint()
 
@@ -241,4 +244,6 @@ async def run_link(
         if not up:
             raise error from error.__cause__
         return error
+    if not up:
+        raise PlatformError(f"{link.name} ended before it was up")
     return PeerGoneError(f"{link.name}: the other side left")

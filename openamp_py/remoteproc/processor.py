@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
@@ -25,7 +26,7 @@ from openamp_py.errors import (
 )
 from openamp_py.memory import MemoryMap, Region
 from openamp_py.remoteproc.coredump import Coredump
-from openamp_py.remoteproc.crash import NO_POLICY, CoredumpMode, CrashPolicy
+from openamp_py.remoteproc.crash import NO_POLICY, CoredumpMode, CoredumpSink, CrashPolicy
 from openamp_py.remoteproc.dumping import copy_dump, make_dump, save_dump
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.remoteproc.images import decode_image_untrusted, with_table
@@ -48,9 +49,11 @@ _CLOSE_GRACE = 1.0
 """Seconds that undoing has where nothing else may wait for it."""
 
 _DUMP_GRACE = 10.0
-"""Seconds that a coredump has to be written when the processor's block ends."""
+"""Seconds that a coredump has to be written when the processor is stopped, or its block ends."""
 
 _UP = (ProcessorState.RUNNING, ProcessorState.SUSPENDED, ProcessorState.ATTACHED)
+
+_EMPTY = (ProcessorState.OFFLINE, ProcessorState.CONFIGURED, ProcessorState.DETACHED)
 
 VendorHandler = Callable[[Vendor], None]
 """What is done about a vendor's entry; raises ResourceTableError to refuse the image."""
@@ -67,10 +70,27 @@ class _Life:
         self.ended = trio.Event()
         self.is_up = False
         self.is_leaving = False
+        self.is_recovering = False
         self.report: CoreCrashedError | None = None
+        self.failure: OpenAMPError | None = None
         self.happening: Happening | None = None
+        self.asking: trio.CancelScope | None = None
         self.recovery = trio.CancelScope()
+        self.aftermath = trio.CancelScope()
         self.settled = trio.Event()
+
+    async def ask(self, request: Callable[[], Awaitable[None]]) -> None:
+        """Asks something of the core, or of what needs it; not for longer than it lives.
+
+        Raises:
+            PlatformError: it ended meanwhile.
+        """
+        with trio.CancelScope() as self.asking:
+            if self.ended.is_set():
+                self.asking.cancel()
+            await request()
+        if self.asking.cancelled_caught:
+            raise PlatformError(f"the core ended meanwhile: {self.failure}") from self.failure
 
 
 class RemoteProcessor:
@@ -129,8 +149,9 @@ class RemoteProcessor:
         self._crash_times: deque[float] = deque()
         self._watches: WeakSet[StateWatch] = WeakSet()
         self._changed = trio.lowlevel.ParkingLot()
-        self._prepared = self._recovering = self._closed = False
+        self._prepared = self._closed = False
         self._busy: Call | None = None
+        self._calling = trio.CancelScope()
 
     # What there is
 
@@ -168,7 +189,7 @@ class RemoteProcessor:
     @property
     def recovering(self) -> bool:
         """Whether the core has crashed, and is about to be started again by itself."""
-        return self._recovering
+        return self._latest is not None and self._latest.is_recovering
 
     def rpmsg_device(self) -> VirtioDevice:
         """The running core's first RPMsg device.
@@ -216,13 +237,11 @@ class RemoteProcessor:
         await trio.lowlevel.checkpoint()
         while not self.is_up:
             self._check_open("wait")
-            if self.state is ProcessorState.CRASHED and not self._recovering:
-                assert self.failure is not None, "a crash has a cause"
-                raise self.failure.with_traceback(None)
+            self._check_coming_back()
             await self._changed.park()
 
     async def wait_change(self) -> None:
-        """Waits until the state has changed, or a recovery was given up."""
+        """Waits until the state has changed, a call has ended, or a recovery was given up."""
         await self._changed.park()
 
     async def wait_exit(self) -> None:
@@ -237,8 +256,8 @@ class RemoteProcessor:
         if life is None:
             raise StateError(f"the core was never started: the processor is {self.state.value}")
         await life.ended.wait()
-        if self.failure is not None and not isinstance(self.failure, PeerGoneError):
-            raise self.failure.with_traceback(None)
+        if life.failure is not None and not isinstance(life.failure, PeerGoneError):
+            raise life.failure.with_traceback(None)
 
     async def wait_settled(self) -> None:
         """Waits until what follows when a core has ended by itself is done.
@@ -298,9 +317,12 @@ class RemoteProcessor:
         Raises:
             ValueError: it was not added.
         """
+        if subdevice not in self._subdevices:
+            raise ValueError(f"subdevice {subdevice!r} was not added to {self.name}")
         self._subdevices.remove(subdevice)
-        if self._life is not None:
-            self._life.subdevices.leave(subdevice)
+        for life in (self._life, *self._settling):
+            if life is not None:
+                life.subdevices.leave(subdevice)
 
     def register_vendor(self, type_: int, handler: VendorHandler) -> None:
         """Says who handles vendor entries of a type in the tables that are loaded from now on.
@@ -445,16 +467,23 @@ class RemoteProcessor:
         Each call that succeeds is to be followed by one of `shutdown`, in the end. If a step
         fails, the processor is shut down again.
 
+        A call that is under way, and a recovery, are waited for.
+
         Args:
             image: what to load; by default the processor's firmware.
 
         Raises:
             StateError: it is up with another image, or there is none; and what the steps raise.
+            CoreDiedError: it has crashed, and is not recovered.
         """
         async with self._booting:
+            await trio.lowlevel.checkpoint()
+            while self._busy is not None or self.recovering:
+                await self._changed.park()
             if self.power_count:
                 if image is not None and image != self._image:
                     raise StateError(f"the processor is {self.state.value} with another image")
+                self._check_coming_back()
                 self.power_count += 1
                 return
             chosen = self._image if image is None else image
@@ -467,8 +496,7 @@ class RemoteProcessor:
                 self._image = chosen
             except BaseException:
                 if not self._closed:
-                    with trio.CancelScope(shield=True):
-                        await self.shutdown()
+                    await self._briefly(self.shutdown, "shutdown after a boot that failed")
                 raise
 
     async def suspend(self) -> None:
@@ -481,9 +509,10 @@ class RemoteProcessor:
         with self._call(Call.SUSPEND) as after:
             life = self._living()
             try:
-                await life.core.suspend()
+                await life.ask(life.core.suspend)
             except BaseException:
-                await self._briefly(life.core.resume, "resume")
+                if self._life is life:
+                    await self._briefly(life.core.resume, "resume")
                 raise
             self._check_alive(life)
             self._enter(after)
@@ -497,7 +526,7 @@ class RemoteProcessor:
         """
         with self._call(Call.RESUME) as after:
             life = self._living()
-            await life.core.resume()
+            await life.ask(life.core.resume)
             self._check_alive(life)
             self._enter(ProcessorState.ATTACHED if life.attached else after)
 
@@ -539,7 +568,7 @@ class RemoteProcessor:
         """
         with self._call(Call.DETACH) as after:
             life = self._living()
-            await life.core.detach(note)
+            await life.ask(partial(life.core.detach, note))
             self._check_alive(life)
             unread = self._resources.detach() if self._resources else 0
             await self._end_life()
@@ -552,11 +581,12 @@ class RemoteProcessor:
     async def stop(self) -> None:
         """Stops the core hard, whoever has booted it. Its memory stays for inspection.
 
-        A recovery is given up. Subdevices are stopped first.
+        A recovery is given up, and a coredump that is being written has a short time to be.
+        Subdevices are stopped first.
 
-        Cancellation: the core is stopped all the same.
+        Cancellation: the core executes no more all the same.
         """
-        await self._give_up_recovery()
+        await self._end_latest()
         with self._call(Call.STOP) as after:
             await self._end_life()
             self.power_count = 0
@@ -565,8 +595,8 @@ class RemoteProcessor:
     async def shutdown(self, *, force: bool = False) -> None:
         """Stops the core hard if it runs, and releases what it had.
 
-        Where others have booted it too, one user less is counted and that is all. A recovery is
-        given up. A core that was detached runs on.
+        Where others have booted it too, one user less is counted and that is all. Otherwise as
+        for `stop`. A core that was detached runs on.
 
         Args:
             force: for all users at once.
@@ -575,14 +605,14 @@ class RemoteProcessor:
             PlatformError: the platform could not undo its preparation: the processor is stopped,
                 and can be shut down again.
 
-        Cancellation: the core is stopped all the same.
+        Cancellation: the core executes no more all the same.
         """
         if self.power_count > 1 and not force:
             self._check_open("shutdown")
             self.power_count -= 1
             await trio.lowlevel.checkpoint()
             return
-        await self._give_up_recovery()
+        await self._end_latest()
         with self._call(Call.SHUTDOWN) as after:
             await self._end_life()
             self._close_resources()
@@ -621,10 +651,10 @@ class RemoteProcessor:
             PlatformError: it did not start; it is still crashed.
             StateError: not now, or the core was attached, and nothing is there to start again.
         """
-        if self._recovering:
-            await self.wait_settled()
-            if self.is_up:
-                return
+        was_recovering = self.recovering
+        await self.wait_settled()
+        if was_recovering and self.is_up:
+            return
         self._crash_times.clear()
         await self._start_again()
 
@@ -638,9 +668,8 @@ class RemoteProcessor:
         Raises:
             StateError: nothing is loaded, and no core runs.
         """
-        if self._plan is None and self._latest is None:
+        if self._plan is None and self.state in _EMPTY:
             raise StateError(f"there is nothing to dump: the processor is {self.state.value}")
-        assert self.core is not None or self._plan is not None
         return await make_dump(
             self.platform,
             self._translate,
@@ -662,14 +691,21 @@ class RemoteProcessor:
 
     # What follows is for open_processor, and for the calls above.
 
+    def panic(self) -> None:
+        """Tells the platform that the program is about to end by an error."""
+        try:
+            self.platform.panic()
+        except Exception as error:  # it must not hide the other
+            _logger.error("%s: panic: %s", self.name, repr(error))
+
     async def close(self) -> None:
         """Ends it for good, whatever is under way."""
         self._closed = True
-        await self._give_up_recovery()
+        self._calling.cancel()
+        while self._busy is not None:  # it is cancelled, and undoes what it did
+            await self._changed.park()
+        await self._end_settling([*self._settling])
         await self._end_life()
-        with trio.move_on_after(_DUMP_GRACE):
-            while self._settling:
-                await next(iter(self._settling)).settled.wait()
         self._close_resources()
         self._plan = None
         if self._prepared:
@@ -687,9 +723,13 @@ class RemoteProcessor:
         after = next_state(self.state, call)
         self._busy = call
         try:
-            yield after
+            with trio.CancelScope() as self._calling:
+                yield after
+            if self._calling.cancelled_caught:
+                raise StateError(f"the processor's block ended while {call.value} was under way")
         finally:
             self._busy = None
+            self._changed.unpark_all()
 
     def _check_open(self, what: str) -> None:
         if self._closed:
@@ -713,7 +753,14 @@ class RemoteProcessor:
 
     def _translate(self, da: int, size: int) -> memoryview | None:
         found = self.platform.translate(da, size)
-        return MemoryMap(self._added).find_da(da, size) if found is None else found
+        if found is None:
+            return MemoryMap(self._added).find_da(da, size)
+        if found.nbytes != size:
+            raise PlatformError(
+                f"platform {self.platform.name} has {found.nbytes} bytes at {da:#x} where it was "
+                f"asked for {size}"
+            )
+        return found
 
     def _unhandled(self, table: ResourceTable) -> Iterator[Vendor]:
         for entry in table.vendors:
@@ -750,8 +797,8 @@ class RemoteProcessor:
         try:
             with trio.move_on_after(_CLOSE_GRACE, shield=True):
                 await undo()
-        except OpenAMPError as error:
-            _logger.error("%s: %s: %s", self.platform.name, what, error)
+        except Exception as error:
+            _logger.error("%s: %s: %s", self.platform.name, what, repr(error))
 
     async def _create(self) -> _Life:
         """Starts a core with what is loaded."""
@@ -763,17 +810,19 @@ class RemoteProcessor:
 
     async def _begin(self, core: Core, table_da: int | None, *, attached: bool) -> _Life:
         """Brings a core up, with its devices and subdevices; or leaves nothing of it."""
+        before, self.failure = self.failure, None
         self.core = core
-        self.failure = None
         life = _Life(core, Subdevices(self._subdevices), attached=attached)
         try:
             await life.subdevices.prepare()
             self._open_resources(core, table_da, adopt=attached)
             await self._nursery.start(self._live, life)
-            await life.subdevices.start()
+            life.scope.shield = True  # whoever ends it sees to its subdevices first
+            await life.ask(life.subdevices.start)
         except BaseException:
             await self._end_life(life)
             self._close_resources()
+            self.failure = before
             raise
         self._latest = life
         return life
@@ -798,7 +847,6 @@ class RemoteProcessor:
         """The core is up; it may have ended already."""
         life.is_up = True
         self.boots += 1
-        self._recovering = False
         self._enter(state)
         if life.happening is not None:
             self._happened(life)
@@ -817,11 +865,9 @@ class RemoteProcessor:
             if life.report is not None:
                 cause = _complete(life.report, cause)
             elif life.scope.cancelled_caught:
-                if self._closed and not life.is_up:
-                    raise StateError("the processor's block ended while start was under way")
                 return
             if not life.is_leaving:
-                self.failure = cause
+                self.failure = life.failure = cause
                 left = isinstance(cause, PeerGoneError)
                 life.happening = Happening.EXIT if left else Happening.CRASH
         finally:
@@ -832,6 +878,8 @@ class RemoteProcessor:
                     self._resources.fail(cause)
             finally:
                 life.ended.set()
+                if life.asking is not None:
+                    life.asking.cancel()
                 if life.is_up and life.happening is not None:
                     self._happened(life)
 
@@ -840,7 +888,7 @@ class RemoteProcessor:
         assert life.happening is not None
         if life.happening is Happening.CRASH:
             self.crashes += 1
-            self._recovering = self.policy.recovery and not life.attached
+            life.is_recovering = self.policy.recovery and not life.attached
         else:
             self.power_count = 0
         self._enter(next_state(self.state, life.happening))
@@ -848,43 +896,54 @@ class RemoteProcessor:
         self._nursery.start_soon(self._settle, life)
 
     async def _settle(self, life: _Life) -> None:
-        """What is to be done after a core has ended by itself."""
+        """What is to be done after a core has ended by itself; ends before the block does."""
         crashed = life.happening is Happening.CRASH
         try:
-            await life.subdevices.end(crashed=crashed)
-            if crashed:
-                await self._after_crash(life)
+            with trio.CancelScope(shield=True):
+                await life.subdevices.end(crashed=crashed)
+                if crashed:
+                    with life.aftermath:
+                        await self._after_crash(life)
         finally:
+            self._end_recovering(life)
             self._settling.discard(life)
             life.settled.set()
 
+    def _end_recovering(self, life: _Life) -> None:
+        life.is_recovering = False
+        self._changed.unpark_all()
+
     async def _after_crash(self, life: _Life) -> None:
         """Dumps and recovers, as the policy says."""
-        policy = self.policy
+        policy, name = self.policy, f"{self.name}-{self.crashes}.core"
         inline = policy.coredump is CoredumpMode.INLINE
         dump = None
         if policy.coredump is not CoredumpMode.DISABLED:
-            dump = await self.coredump()
-            if not inline and self._recovering:
-                dump = await copy_dump(dump)
-        if dump is not None and inline:
-            await self._save(dump)
-        if self._recovering:
+            dump = await self._take_dump(copy=not inline and life.is_recovering)
+            if inline:
+                await self._save(dump, policy.coredump_to, name)
+        if life.is_recovering:
             with life.recovery:
                 await self._recover_by_policy()
-            self._recovering = False
-            self._changed.unpark_all()
-        if dump is not None and not inline:
-            await self._save(dump)
+            self._end_recovering(life)
+        if not inline:
+            await self._save(dump, policy.coredump_to, name)
 
-    async def _save(self, dump: Coredump) -> None:
-        where = self.policy.coredump_to
-        if where is None:
+    async def _take_dump(self, *, copy: bool) -> Coredump | None:
+        try:
+            dump = await self.coredump()
+            return await copy_dump(dump) if copy else dump
+        except Exception as error:
+            _logger.error("%s: there is no coredump: %s", self.name, repr(error))
+            return None
+
+    async def _save(self, dump: Coredump | None, where: CoredumpSink | None, name: str) -> None:
+        if dump is None or where is None:
             return
         try:
-            self.last_coredump = await save_dump(dump, where, f"{self.name}-{self.crashes}.core")
-        except OSError as error:
-            _logger.error("%s: the coredump is not written: %s", self.name, error)
+            self.last_coredump = await save_dump(dump, where, name)
+        except Exception as error:  # a program is not to end because its crash was not saved
+            _logger.exception("%s: the coredump is not written: %r", self.name, error)
 
     async def _recover_by_policy(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -901,14 +960,16 @@ class RemoteProcessor:
                     f"limit; it is not started again; the last time: {crash}"
                 )
                 self.failure.__cause__ = crash
-                _logger.error("%s", self.failure)
+                _logger.error("%s", str(self.failure))
                 return
-            _logger.warning("%s crashed, and is started again: %s", self.name, crash)
+            _logger.warning("%s crashed, and is started again: %s", self.name, str(crash))
+            while self._busy is not None:
+                await self._changed.park()
             try:
                 await self._start_again()
                 return
-            except OpenAMPError as error:
-                self.failure = error  # a start that fails is one more crash
+            except Exception as error:  # a start that fails is one more crash
+                self.failure = _as_ours(error)
 
     async def _start_again(self) -> None:
         with self._call(Call.RECOVER) as after:
@@ -921,21 +982,34 @@ class RemoteProcessor:
 
     async def _put_down(self, life: _Life) -> None:
         """Ends a core that was reported as crashed, with its last words if it has any."""
-        life.core.interrupt()
+        try:
+            life.core.interrupt()
+        except Exception as error:
+            _logger.error("%s cannot be interrupted: %s", life.core.name, repr(error))
         with trio.move_on_after(_INTERRUPT_GRACE):
             await life.ended.wait()
         life.scope.cancel()
 
-    async def _give_up_recovery(self) -> None:
-        """Lets what follows a crash end without a new start; a dump is still written."""
-        for life in tuple(self._settling):
+    async def _end_latest(self) -> None:
+        """Lets what follows a crash end without a new start, before the memory changes."""
+        while self._latest is not None and self._latest in self._settling:
+            await self._end_settling([self._latest])
+
+    async def _end_settling(self, lives: Sequence[_Life]) -> None:
+        """Gives recoveries up; a coredump has a short time to be written."""
+        for life in lives:
             life.recovery.cancel()
-        if self._recovering:
-            await self.wait_settled()
+        with trio.move_on_after(_DUMP_GRACE):
+            for life in lives:
+                await life.settled.wait()
+        for life in lives:
+            life.aftermath.cancel()
+        for life in lives:
+            await life.settled.wait()
 
     async def _end_life(self, life: _Life | None = None) -> None:
         """Ends the core and its subdevices. Takes no longer than those have."""
-        life = life or self._life
+        life = life or self._life or self._latest
         with trio.CancelScope(shield=True):
             await trio.lowlevel.checkpoint()
             if life is not None:
@@ -952,6 +1026,12 @@ class RemoteProcessor:
             raise StateError("the core has just ended")
         return life
 
+    def _check_coming_back(self) -> None:
+        by_hand = self._busy is Call.RECOVER
+        if self.state is ProcessorState.CRASHED and not self.recovering and not by_hand:
+            assert self.failure is not None, "a crash has a cause"
+            raise self.failure.with_traceback(None)
+
     def _check_alive(self, life: _Life) -> None:
         if self._life is not life:
             raise PlatformError(f"the core ended meanwhile: {self.failure}") from self.failure
@@ -965,6 +1045,14 @@ class RemoteProcessor:
         if self._resources is not None:
             self._resources.close()
             self._resources = None
+
+
+def _as_ours(error: Exception) -> OpenAMPError:
+    if isinstance(error, OpenAMPError):
+        return error
+    ours = PlatformError(f"the core did not start: {error!r}")
+    ours.__cause__ = error
+    return ours
 
 
 def _complete(report: CoreCrashedError, words: OpenAMPError) -> CoreCrashedError:
@@ -1001,7 +1089,7 @@ async def open_processor(
             try:
                 yield processor
             except Exception:
-                platform.panic()
+                processor.panic()
                 raise
             finally:
                 with trio.CancelScope(shield=True):

@@ -8,8 +8,6 @@ from typing import Final
 
 import trio
 
-from openamp_py.errors import OpenAMPError
-
 _logger = logging.getLogger(__name__)
 
 STOP_GRACE: Final = 5.0
@@ -32,8 +30,7 @@ class Subdevice:
     async def stop(self, *, crashed: bool) -> None:
         """Before the core is stopped; or after it has ended or crashed, and answers no more.
 
-        It has `STOP_GRACE` seconds. An OpenAMPError or OSError is logged, and the rest is stopped
-        all the same.
+        It has `STOP_GRACE` seconds. What it raises is logged, and the rest is stopped all the same.
         """
 
     async def unprepare(self) -> None:
@@ -44,21 +41,22 @@ class Subdevices:
     """The subdevices of one life of a core, and how far they have come."""
 
     def __init__(self, subdevices: Iterable[Subdevice]) -> None:
-        self._all = tuple(subdevices)
+        self._all = list(subdevices)
         self._prepared: list[Subdevice] = []
         self._started: list[Subdevice] = []
 
     async def prepare(self) -> None:
         """Prepares each in order. `end` undoes what was done, also after an error."""
-        for subdevice in self._all:
+        for subdevice in tuple(self._all):
             await subdevice.prepare()
             self._prepared.append(subdevice)
 
     async def start(self) -> None:
         """Starts each in order. `end` undoes what was done, also after an error."""
-        for subdevice in self._all:
-            await subdevice.start()
-            self._started.append(subdevice)
+        for subdevice in tuple(self._all):
+            if subdevice in self._all:  # it may have left meanwhile
+                await subdevice.start()
+                self._started.append(subdevice)
 
     def join(self, subdevice: Subdevice) -> None:
         """One that comes while the core runs: as if it had been started."""
@@ -67,7 +65,7 @@ class Subdevices:
 
     def leave(self, subdevice: Subdevice) -> None:
         """One that goes while the core runs: it is not stopped."""
-        for taken in (self._prepared, self._started):
+        for taken in (self._all, self._prepared, self._started):
             if subdevice in taken:
                 taken.remove(subdevice)
 
@@ -90,7 +88,7 @@ async def _undo(what: str, step: Awaitable[None]) -> None:
     with trio.move_on_after(STOP_GRACE, shield=True) as scope:
         try:
             await step
-        except (OpenAMPError, OSError) as error:
-            _logger.error("%s: %s", what, error)
+        except Exception as error:
+            _logger.exception("%s: %r", what, error)
     if scope.cancelled_caught:
         _logger.error("%s took longer than %s s: it was left", what, STOP_GRACE)
