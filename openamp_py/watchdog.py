@@ -10,7 +10,7 @@ import trio
 from openamp_py.background import open_background
 from openamp_py.errors import CrashKind
 from openamp_py.remoteproc import ProcessorState, RemoteProcessor
-from openamp_py.rpmsg import Bus
+from openamp_py.rpmsg import Bus, Endpoint
 
 _EXECUTES = (ProcessorState.RUNNING, ProcessorState.ATTACHED)
 
@@ -35,20 +35,25 @@ class Watchdog:
         self._fed = trio.current_time()
 
     async def run(self) -> None:
-        """Watches until it is cancelled. A core that does not execute need not be fed."""
+        """Watches until it is cancelled. A core that does not execute need not be fed.
+
+        Raises:
+            StateError: the processor's block has ended.
+        """
         processor = self.processor
         while True:
             if processor.state not in _EXECUTES:
                 await processor.wait_state(*_EXECUTES)
                 self.feed()
             entered = processor.entered
-            await trio.sleep_until(self._fed + self.silence)
+            with trio.move_on_at(self._fed + self.silence):
+                while processor.entered == entered:
+                    await processor.wait_change()
             if processor.entered != entered:
                 self.feed()
             elif trio.current_time() >= self._fed + self.silence:
-                why = f"no sign of life for {self.silence} s"
-                if processor.report_crash(CrashKind.WATCHDOG, why):
-                    await processor.wait_change()
+                processor.report_crash(CrashKind.WATCHDOG, f"no sign of life for {self.silence} s")
+                self.feed()  # it is ending, which takes a while
 
 
 @asynccontextmanager
@@ -77,7 +82,7 @@ async def open_heartbeat(
     """A watchdog that asks: it sends a message to a service, again and again, and wants answers.
 
     The service must answer whoever asks, as the echo service does; that it is not announced in
-    time counts as silence too.
+    time counts as silence too. Ends when the bus is closed.
 
     Args:
         processor: whom to report.
@@ -90,29 +95,38 @@ async def open_heartbeat(
         ValueError: `silence` is not a time, or the beat is too long for the bus.
         trio.BrokenResourceError: the other side is gone.
     """
-    async with (
-        open_watchdog(processor, silence) as watchdog,
-        open_background() as nursery,
-    ):
-        if len(beat) > bus.payload_limit:
-            raise ValueError(f"a beat of {len(beat)} bytes; {bus.payload_limit} are possible")
-        nursery.start_soon(_beat, watchdog, bus, service, beat)
+    watchdog = Watchdog(processor, silence)
+    if len(beat) > bus.payload_limit:
+        raise ValueError(f"a beat of {len(beat)} bytes; {bus.payload_limit} are possible")
+    async with bus.open_endpoint(rebind=True) as endpoint, open_background() as nursery:
+        nursery.start_soon(_watch, watchdog, bus, endpoint, service, beat)
         yield watchdog
 
 
-async def _beat(watchdog: Watchdog, bus: Bus, service: str, beat: bytes) -> None:
-    async with bus.open_endpoint(rebind=True) as endpoint:
-        while True:
-            try:
-                channel = await bus.wait_service(service)
-                await endpoint.send_to(beat, channel.address)
-                await endpoint.receive()
-            except trio.BrokenResourceError:
-                generation = bus.generation
-                while bus.failure is not None and bus.generation == generation:
-                    await watchdog.processor.wait_change()
-                continue
-            except trio.ClosedResourceError:
-                return
-            watchdog.feed()
-            await trio.sleep(watchdog.silence / 4)
+async def _watch(
+    watchdog: Watchdog, bus: Bus, endpoint: Endpoint, service: str, beat: bytes
+) -> None:
+    """A watchdog as long as there is a bus to ask on."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watchdog.run)
+        await _beat(watchdog, bus, endpoint, service, beat)
+        nursery.cancel_scope.cancel()
+
+
+async def _beat(
+    watchdog: Watchdog, bus: Bus, endpoint: Endpoint, service: str, beat: bytes
+) -> None:
+    while True:
+        try:
+            channel = await bus.wait_service(service)
+            await endpoint.send_to(beat, channel.address)
+            with trio.move_on_after(watchdog.silence / 4):
+                while True:
+                    await endpoint.receive()
+                    watchdog.feed()
+        except trio.BrokenResourceError:
+            generation = bus.generation
+            while bus.failure is not None and bus.generation == generation:
+                await watchdog.processor.wait_change()
+        except trio.ClosedResourceError:
+            return
