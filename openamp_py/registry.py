@@ -183,11 +183,13 @@ class Registry:
         task_status: trio.TaskStatus[RemoteProcessor],
     ) -> None:
         """The processor's block, as long as it is used."""
+        if name in self._names:
+            platform.close()
+            raise ValueError(f"there is a processor named {name!r} already")
         async with open_processor(
             platform, name=name, firmware=firmware, policy=policy
         ) as processor:
-            if name in self._names:
-                raise ValueError(f"there is a processor named {name!r} already")
+            assert name not in self._names, "nothing was awaited since"
             self._names[name] = processor
             self._entries[processor] = entry
             task_status.started(processor)
@@ -195,6 +197,8 @@ class Registry:
                 await entry.unused.wait()
             finally:
                 del self._entries[processor]
+                if self._names.get(name) is processor:  # the registry's block ends
+                    del self._names[name]
         entry.gone.set()
 
     def _drop(self, entry: _Entry) -> None:
@@ -210,7 +214,7 @@ async def _boot(processor: RemoteProcessor) -> None:
         if not isinstance(error, OpenAMPError):
             error = PlatformError(f"{processor.name} does not boot: {error}")
         processor.failure = error
-        _logger.error("%s does not boot: %s", processor.name, error)
+        _logger.error("%s does not boot: %s", processor.name, str(error))
 
 
 @asynccontextmanager

@@ -223,7 +223,8 @@ class RemoteProcessor:
         """
         await trio.lowlevel.checkpoint()
         while self.state not in states:
-            self._check_open("wait")
+            if self.state is ProcessorState.OFFLINE:  # the last one; until then it is on its way
+                self._check_open("wait")
             await self._changed.park()
         return self.state
 
