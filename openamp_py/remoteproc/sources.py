@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import stat
 from collections.abc import AsyncIterable, Awaitable
 from pathlib import Path
 from typing import Final, Protocol, TypeAlias, runtime_checkable
@@ -91,8 +92,11 @@ async def read_image(source: Image) -> bytes | Firmware:
             return await _read_file(source)
         case str() | os.PathLike():
             path = trio.Path(find_firmware(source))
-            if await path.is_file():  # it may be a pipe
-                _check_size((await path.stat()).st_size)
+            status = await path.stat()
+            if stat.S_ISFIFO(status.st_mode):
+                return await _read_pipe(path)
+            if stat.S_ISREG(status.st_mode):
+                _check_size(status.st_size)
                 return await path.read_bytes()
             async with await path.open("rb") as file:
                 return await _read_file(file)
@@ -100,7 +104,9 @@ async def read_image(source: Image) -> bytes | Firmware:
             pieces: list[bytes] = []
             size = 0
             async for piece in source:
-                pieces.append(piece)
+                if not isinstance(piece, (bytes, bytearray, memoryview)):
+                    raise TypeError(f"the stream gives {type(piece).__name__}, not bytes")
+                pieces.append(bytes(piece))  # whoever gives it may use it again
                 size = _check_size(size + len(piece))
             return b"".join(pieces)
     raise TypeError(f"an image is a path, bytes, a file or a stream, not {type(source).__name__}")
@@ -115,14 +121,29 @@ async def _read_file(file: BinaryFile) -> bytes:
             read = file.read(_PIECE)
             assert not isinstance(read, bytes), "a coroutine"
             piece = await read
-        else:
-            piece = await trio.to_thread.run_sync(file.read, _PIECE)  # type: ignore[arg-type]
-        if not piece:
-            return b"".join(pieces)
+        else:  # it may be a pipe that nobody writes to: a cancelled read is left to itself
+            piece = await trio.to_thread.run_sync(
+                file.read,  # type: ignore[arg-type]
+                _PIECE,
+                abandon_on_cancel=True,
+            )
         if not isinstance(piece, bytes):
             raise TypeError(f"the file gives {type(piece).__name__}: open it in binary mode")
+        if not piece:
+            return b"".join(pieces)
         pieces.append(piece)
         size = _check_size(size + len(piece))
+
+
+async def _read_pipe(path: trio.Path) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    async with trio.lowlevel.FdStream(os.open(path, os.O_RDONLY | os.O_NONBLOCK)) as pipe:
+        await trio.lowlevel.wait_readable(pipe.fileno())  # without a writer it looks ended
+        async for piece in pipe:
+            pieces.append(bytes(piece))
+            size = _check_size(size + len(piece))
+    return b"".join(pieces)
 
 
 def _check_size(size: int) -> int:
