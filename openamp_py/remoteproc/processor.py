@@ -970,6 +970,8 @@ class RemoteProcessor:
                 await self._start_again()
                 return
             except Exception as error:  # a start that fails is one more crash
+                if self._closed:
+                    return
                 self.failure = _as_ours(error)
 
     async def _start_again(self) -> None:
