@@ -95,7 +95,7 @@ class Registry:
             ValueError: the name is taken.
         """
         processor = await self._register(platform, name, firmware, policy)
-        self._nursery.start_soon(_boot, processor)
+        await self._nursery.start(_boot, processor)
         return processor
 
     async def remove(self, name: str) -> None:
@@ -207,7 +207,8 @@ class Registry:
             entry.unused.set()
 
 
-async def _boot(processor: RemoteProcessor) -> None:
+async def _boot(processor: RemoteProcessor, *, task_status: trio.TaskStatus[None]) -> None:
+    task_status.started()
     try:
         await processor.boot()
     except (OpenAMPError, OSError) as error:

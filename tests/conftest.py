@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -78,6 +79,13 @@ def no_leaks() -> Iterator[None]:
             return
         gc.collect(generation)
     assert not _leaks(before)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """The command line sets one, which is not to last."""
+    yield
+    logging.getLogger("openamp_py").setLevel(logging.NOTSET)
 
 
 class Pair(NamedTuple):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,18 +18,19 @@ from openamp_py.constants import NOTIFY_ID_ANY
 from openamp_py.errors import (
     CoreCrashedError,
     CrashKind,
-    CrashLoopError,
     OpenAMPError,
     PeerGoneError,
     PlatformError,
     StateError,
 )
 from openamp_py.memory import MemoryMap, Region
+from openamp_py.remoteproc.aftermath import Aftermath
 from openamp_py.remoteproc.coredump import Coredump
-from openamp_py.remoteproc.crash import NO_POLICY, CoredumpMode, CoredumpSink, CrashPolicy
-from openamp_py.remoteproc.dumping import copy_dump, make_dump, save_dump
+from openamp_py.remoteproc.crash import NO_POLICY, CrashPolicy
+from openamp_py.remoteproc.dumping import make_dump
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.remoteproc.images import decode_image_untrusted, with_table
+from openamp_py.remoteproc.life import Life
 from openamp_py.remoteproc.lifecycle import Call, Happening, ProcessorState, next_state
 from openamp_py.remoteproc.plan import LoadPlan, plan_load
 from openamp_py.remoteproc.platform import Core, Platform, run_link
@@ -48,49 +49,12 @@ _INTERRUPT_GRACE = 1.0
 _CLOSE_GRACE = 1.0
 """Seconds that undoing has where nothing else may wait for it."""
 
-_DUMP_GRACE = 10.0
-"""Seconds that a coredump has to be written when the processor is stopped, or its block ends."""
-
 _UP = (ProcessorState.RUNNING, ProcessorState.SUSPENDED, ProcessorState.ATTACHED)
 
 _EMPTY = (ProcessorState.OFFLINE, ProcessorState.CONFIGURED, ProcessorState.DETACHED)
 
 VendorHandler = Callable[[Vendor], None]
 """What is done about a vendor's entry; raises ResourceTableError to refuse the image."""
-
-
-class _Life:
-    """One run of a core: how to end it, how it ended, and what lived with it."""
-
-    def __init__(self, core: Core, subdevices: Subdevices, *, attached: bool) -> None:
-        self.core = core
-        self.subdevices = subdevices
-        self.attached = attached
-        self.scope = trio.CancelScope()
-        self.ended = trio.Event()
-        self.is_up = False
-        self.is_leaving = False
-        self.is_recovering = False
-        self.report: CoreCrashedError | None = None
-        self.failure: OpenAMPError | None = None
-        self.happening: Happening | None = None
-        self.asking: trio.CancelScope | None = None
-        self.recovery = trio.CancelScope()
-        self.aftermath = trio.CancelScope()
-        self.settled = trio.Event()
-
-    async def ask(self, request: Callable[[], Awaitable[None]]) -> None:
-        """Asks something of the core, or of what needs it; not for longer than it lives.
-
-        Raises:
-            PlatformError: it ended meanwhile.
-        """
-        with trio.CancelScope() as self.asking:
-            if self.ended.is_set():
-                self.asking.cancel()
-            await request()
-        if self.asking.cancelled_caught:
-            raise PlatformError(f"the core ended meanwhile: {self.failure}") from self.failure
 
 
 class RemoteProcessor:
@@ -143,10 +107,9 @@ class RemoteProcessor:
         self._given_table: tuple[ResourceTable, int] | None = None
         self._plan: LoadPlan | None = None
         self._resources: Resources | None = None
-        self._life: _Life | None = None
-        self._latest: _Life | None = None
-        self._settling: set[_Life] = set()
-        self._crash_times: deque[float] = deque()
+        self._life: Life | None = None
+        self._latest: Life | None = None
+        self._aftermath = Aftermath(self, nursery)
         self._watches: WeakSet[StateWatch] = WeakSet()
         self._changed = trio.lowlevel.ParkingLot()
         self._prepared = self._closed = False
@@ -229,16 +192,26 @@ class RemoteProcessor:
         return self.state
 
     async def wait_up(self) -> None:
-        """Waits until the core executes; where it has crashed, until it is recovered.
+        """Waits until the core executes: while it is booted, and where it crashed, recovered.
 
         Raises:
             OpenAMPError: why it is not coming back: `failure`.
-            StateError: the processor's block has ended.
+            StateError: it is off and nobody boots it, or the processor's block has ended.
         """
         await trio.lowlevel.checkpoint()
         while not self.is_up:
             self._check_open("wait")
-            self._check_coming_back()
+            if self._busy is None and not self._booting.locked() and not self.recovering:
+                if self.failure is not None:
+                    raise self.failure.with_traceback(None)
+                raise StateError(
+                    f"there is no core to wait for: it is {self.state.value}, and nobody boots it"
+                )
+            await self._changed.park()
+
+    async def wait_idle(self) -> None:
+        """Waits until no call is under way."""
+        while self._busy is not None:
             await self._changed.park()
 
     async def wait_change(self) -> None:
@@ -267,7 +240,7 @@ class RemoteProcessor:
         is started again. Returns at once where nothing of this is to be waited for.
         """
         await trio.lowlevel.checkpoint()
-        if self._latest is not None and self._latest in self._settling:
+        if self._latest is not None and self._latest in self._aftermath.settling:
             await self._latest.settled.wait()
 
     # What belongs to it
@@ -321,7 +294,7 @@ class RemoteProcessor:
         if subdevice not in self._subdevices:
             raise ValueError(f"subdevice {subdevice!r} was not added to {self.name}")
         self._subdevices.remove(subdevice)
-        for life in (self._life, *self._settling):
+        for life in (self._life, *self._aftermath.settling):
             if life is not None:
                 life.subdevices.leave(subdevice)
 
@@ -337,11 +310,11 @@ class RemoteProcessor:
         self._vendors[type_] = handler
 
     def set_table(self, table: ResourceTable, da: int) -> None:
-        """Gives the next image that is loaded a resource table, in place of its own.
+        """Gives each image that is loaded from now on a resource table, in place of its own.
 
         Args:
-            table: see `resource_table`.
-            da: where it is to lie in the core's memory.
+            table: what it is to have.
+            da: where that is to lie in the core's memory.
 
         Raises:
             StateError: an image is loaded already, or the core runs.
@@ -457,7 +430,7 @@ class RemoteProcessor:
             StateError: not now.
         """
         with self._call(Call.START) as after:
-            self._crash_times.clear()
+            self._aftermath.forget()
             life = await self._create()
             self.power_count = 1
             self._come_up(life, after)
@@ -477,28 +450,11 @@ class RemoteProcessor:
             StateError: it is up with another image, or there is none; and what the steps raise.
             CoreDiedError: it has crashed, and is not recovered.
         """
-        async with self._booting:
-            await trio.lowlevel.checkpoint()
-            while self._busy is not None or self.recovering:
-                await self._changed.park()
-            if self.power_count:
-                if image is not None and image != self._image:
-                    raise StateError(f"the processor is {self.state.value} with another image")
-                self._check_coming_back()
-                self.power_count += 1
-                return
-            chosen = self._image if image is None else image
-            if chosen is None:
-                raise StateError("there is nothing to boot: no firmware was named")
-            await self.configure()
-            try:
-                await self.load(chosen)
-                await self.start()
-                self._image = chosen
-            except BaseException:
-                if not self._closed:
-                    await self._briefly(self.shutdown, "shutdown after a boot that failed")
-                raise
+        try:
+            async with self._booting:
+                await self._boot(image)
+        finally:
+            self.changed()
 
     async def suspend(self) -> None:
         """Pauses the core; messages to it wait.
@@ -550,7 +506,7 @@ class RemoteProcessor:
             except BaseException:
                 await self._briefly(self._unprepare, "unprepare")
                 raise
-            self._crash_times.clear()
+            self._aftermath.forget()
             self.power_count = 1
             self._come_up(life, after)
 
@@ -617,7 +573,7 @@ class RemoteProcessor:
         with self._call(Call.SHUTDOWN) as after:
             await self._end_life()
             self._close_resources()
-            self._plan = self._given_table = None
+            self._plan = None
             self.power_count = 0
             if self.state is not ProcessorState.OFFLINE:
                 self._enter(ProcessorState.STOPPED)
@@ -656,8 +612,8 @@ class RemoteProcessor:
         await self.wait_settled()
         if was_recovering and self.is_up:
             return
-        self._crash_times.clear()
-        await self._start_again()
+        self._aftermath.forget()
+        await self.start_again()
 
     async def coredump(self) -> Coredump:
         """What is to be kept of the core: a value, of memory that is still shared.
@@ -703,9 +659,8 @@ class RemoteProcessor:
         """Ends it for good, whatever is under way."""
         self._closed = True
         self._calling.cancel()
-        while self._busy is not None:  # it is cancelled, and undoes what it did
-            await self._changed.park()
-        await self._end_settling([*self._settling])
+        await self.wait_idle()  # it is cancelled, and undoes what it did
+        await self._aftermath.end()
         await self._end_life()
         self._close_resources()
         self._plan = None
@@ -730,7 +685,7 @@ class RemoteProcessor:
                 raise StateError(f"the processor's block ended while {call.value} was under way")
         finally:
             self._busy = None
-            self._changed.unpark_all()
+            self.changed()
 
     def _check_open(self, what: str) -> None:
         if self._closed:
@@ -750,6 +705,10 @@ class RemoteProcessor:
             self.entered += 1
             for watch in self._watches:
                 watch.add(state)
+        self.changed()
+
+    def changed(self) -> None:
+        """Wakes those who wait for a change."""
         self._changed.unpark_all()
 
     def _translate(self, da: int, size: int) -> memoryview | None:
@@ -771,6 +730,30 @@ class RemoteProcessor:
             elif not self.platform.handle_vendor(entry):
                 _logger.warning("%s: a vendor's entry of type %d is ignored", self.name, entry.type)
                 yield entry
+
+    async def _boot(self, image: Image | None) -> None:
+        await trio.lowlevel.checkpoint()
+        while self._busy is not None or self.recovering:
+            await self.wait_change()
+        if self.power_count:
+            if image is not None and image != self._image:
+                raise StateError(f"the processor is {self.state.value} with another image")
+            self._check_coming_back()
+            self.power_count += 1
+            return
+        chosen = self._image if image is None else image
+        if chosen is None:
+            raise StateError("there is nothing to boot: no firmware was named")
+        await self.configure()
+        try:
+            await self.load(chosen)
+            await self.start()
+            again = isinstance(chosen, (str, os.PathLike, bytes, Firmware))
+            self._image = chosen if again else self.firmware  # a stream is used up
+        except BaseException:
+            if not self._closed:
+                await self._briefly(self.shutdown, "shutdown after a boot that failed")
+            raise
 
     async def _prepare(self) -> None:
         if self._prepared:
@@ -801,7 +784,7 @@ class RemoteProcessor:
         except Exception as error:
             _logger.error("%s: %s: %s", self.platform.name, what, repr(error))
 
-    async def _create(self) -> _Life:
+    async def _create(self) -> Life:
         """Starts a core with what is loaded."""
         plan = self._plan
         assert plan is not None, "loaded"
@@ -809,11 +792,11 @@ class RemoteProcessor:
         core = self.platform.create_core(firmware)
         return await self._begin(core, self.platform.find_table(firmware), attached=False)
 
-    async def _begin(self, core: Core, table_da: int | None, *, attached: bool) -> _Life:
+    async def _begin(self, core: Core, table_da: int | None, *, attached: bool) -> Life:
         """Brings a core up, with its devices and subdevices; or leaves nothing of it."""
         before, self.failure = self.failure, None
         self.core = core
-        life = _Life(core, Subdevices(self._subdevices), attached=attached)
+        life = Life(core, Subdevices(self._subdevices), attached=attached)
         try:
             await life.subdevices.prepare()
             self._open_resources(core, table_da, adopt=attached)
@@ -844,7 +827,7 @@ class RemoteProcessor:
             adopt=adopt,
         )
 
-    def _come_up(self, life: _Life, state: ProcessorState) -> None:
+    def _come_up(self, life: Life, state: ProcessorState) -> None:
         """The core is up; it may have ended already."""
         life.is_up = True
         self.boots += 1
@@ -856,7 +839,7 @@ class RemoteProcessor:
         if self._resources:
             self._resources.notified()
 
-    async def _live(self, life: _Life, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _live(self, life: Life, *, task_status: trio.TaskStatus[None]) -> None:
         """One life of the core, from boot to its end."""
         cause: OpenAMPError = PeerGoneError(f"{life.core.name} was stopped")
         self._life = life
@@ -878,103 +861,22 @@ class RemoteProcessor:
                 if self._resources:
                     self._resources.fail(cause)
             finally:
-                life.ended.set()
-                if life.asking is not None:
-                    life.asking.cancel()
+                life.end()
                 if life.is_up and life.happening is not None:
                     self._happened(life)
 
-    def _happened(self, life: _Life) -> None:
+    def _happened(self, life: Life) -> None:
         """The core has ended by itself: sees to what is to be done."""
         assert life.happening is not None
         if life.happening is Happening.CRASH:
             self.crashes += 1
-            life.is_recovering = self.policy.recovery and not life.attached
         else:
             self.power_count = 0
+        self._aftermath.begin(life)
         self._enter(next_state(self.state, life.happening))
-        self._settling.add(life)
-        self._nursery.start_soon(self._settle, life)
 
-    async def _settle(self, life: _Life) -> None:
-        """What is to be done after a core has ended by itself; ends before the block does."""
-        crashed = life.happening is Happening.CRASH
-        try:
-            with trio.CancelScope(shield=True):
-                await life.subdevices.end(crashed=crashed)
-                if crashed:
-                    with life.aftermath:
-                        await self._after_crash(life)
-        finally:
-            self._end_recovering(life)
-            self._settling.discard(life)
-            life.settled.set()
-
-    def _end_recovering(self, life: _Life) -> None:
-        life.is_recovering = False
-        self._changed.unpark_all()
-
-    async def _after_crash(self, life: _Life) -> None:
-        """Dumps and recovers, as the policy says."""
-        policy, name = self.policy, f"{self.name}-{self.crashes}.core"
-        inline = policy.coredump is CoredumpMode.INLINE
-        dump = None
-        if policy.coredump is not CoredumpMode.DISABLED:
-            dump = await self._take_dump(copy=not inline and life.is_recovering)
-            if inline:
-                await self._save(dump, policy.coredump_to, name)
-        if life.is_recovering:
-            with life.recovery:
-                await self._recover_by_policy()
-            self._end_recovering(life)
-        if not inline:
-            await self._save(dump, policy.coredump_to, name)
-
-    async def _take_dump(self, *, copy: bool) -> Coredump | None:
-        try:
-            dump = await self.coredump()
-            return await copy_dump(dump) if copy else dump
-        except Exception as error:
-            _logger.error("%s: there is no coredump: %s", self.name, repr(error))
-            return None
-
-    async def _save(self, dump: Coredump | None, where: CoredumpSink | None, name: str) -> None:
-        if dump is None or where is None:
-            return
-        try:
-            self.last_coredump = await save_dump(dump, where, name)
-        except Exception as error:  # a program is not to end because its crash was not saved
-            _logger.exception("%s: the coredump is not written: %r", self.name, error)
-
-    async def _recover_by_policy(self) -> None:
-        await trio.lowlevel.checkpoint()
-        limit, window = self.policy.limit, self.policy.window
-        times = self._crash_times
-        while True:
-            crash = self.failure
-            times.append(trio.current_time())
-            while times[0] <= times[-1] - window:
-                times.popleft()
-            if len(times) >= limit:
-                self.failure = CrashLoopError(
-                    f"{self.name} crashed {len(times)} times within {window} s, which is the "
-                    f"limit; it is not started again; the last time: {crash}"
-                )
-                self.failure.__cause__ = crash
-                _logger.error("%s", str(self.failure))
-                return
-            _logger.warning("%s crashed, and is started again: %s", self.name, str(crash))
-            while self._busy is not None:
-                await self._changed.park()
-            try:
-                await self._start_again()
-                return
-            except Exception as error:  # a start that fails is one more crash
-                if self._closed:
-                    return
-                self.failure = _as_ours(error)
-
-    async def _start_again(self) -> None:
+    async def start_again(self) -> None:
+        """Loads the image anew and starts the core. For the aftermath of a crash."""
         with self._call(Call.RECOVER) as after:
             if self._plan is None:
                 raise StateError("the core was attached: there is no image here to start again")
@@ -983,7 +885,7 @@ class RemoteProcessor:
             life = await self._create()
             self._come_up(life, after)
 
-    async def _put_down(self, life: _Life) -> None:
+    async def _put_down(self, life: Life) -> None:
         """Ends a core that was reported as crashed, with its last words if it has any."""
         try:
             life.core.interrupt()
@@ -995,22 +897,10 @@ class RemoteProcessor:
 
     async def _end_latest(self) -> None:
         """Lets what follows a crash end without a new start, before the memory changes."""
-        while self._latest is not None and self._latest in self._settling:
-            await self._end_settling([self._latest])
+        while self._latest is not None and self._latest in self._aftermath.settling:
+            await self._aftermath.end([self._latest])
 
-    async def _end_settling(self, lives: Sequence[_Life]) -> None:
-        """Gives recoveries up; a coredump has a short time to be written."""
-        for life in lives:
-            life.recovery.cancel()
-        with trio.move_on_after(_DUMP_GRACE):
-            for life in lives:
-                await life.settled.wait()
-        for life in lives:
-            life.aftermath.cancel()
-        for life in lives:
-            await life.settled.wait()
-
-    async def _end_life(self, life: _Life | None = None) -> None:
+    async def _end_life(self, life: Life | None = None) -> None:
         """Ends the core and its subdevices. Takes no longer than those have."""
         life = life or self._life or self._latest
         with trio.CancelScope(shield=True):
@@ -1023,7 +913,7 @@ class RemoteProcessor:
                     await life.ended.wait()
                 await life.subdevices.end(crashed=False)
 
-    def _living(self) -> _Life:
+    def _living(self) -> Life:
         life = self._life
         if life is None:  # it ends at this moment
             raise StateError("the core has just ended")
@@ -1035,7 +925,7 @@ class RemoteProcessor:
             assert self.failure is not None, "a crash has a cause"
             raise self.failure.with_traceback(None)
 
-    def _check_alive(self, life: _Life) -> None:
+    def _check_alive(self, life: Life) -> None:
         if self._life is not life:
             raise PlatformError(f"the core ended meanwhile: {self.failure}") from self.failure
 
@@ -1048,14 +938,6 @@ class RemoteProcessor:
         if self._resources is not None:
             self._resources.close()
             self._resources = None
-
-
-def _as_ours(error: Exception) -> OpenAMPError:
-    if isinstance(error, OpenAMPError):
-        return error
-    ours = PlatformError(f"the core did not start: {error!r}")
-    ours.__cause__ = error
-    return ours
 
 
 def _complete(report: CoreCrashedError, words: OpenAMPError) -> CoreCrashedError:

@@ -98,7 +98,12 @@ class TraceFollower(Subdevice):
     def _look(self) -> str:
         if not self._processor.is_up:
             return ""
-        buffer = _find(self._processor, self._name) if self._buffer is None else self._buffer
+        buffer = self._buffer
+        if buffer is None:
+            try:
+                buffer = _find(self._processor, self._name)
+            except KeyError:  # another image may have no such buffer
+                return ""
         return self._reader.poll(bytes(buffer))
 
 

@@ -352,7 +352,7 @@ async def test_a_crash_while_the_dump_of_another_is_written(
         names.append(name)
         await trio.testing.wait_all_tasks_blocked()
 
-    monkeypatch.setattr("openamp_py.remoteproc.processor.save_dump", save)
+    monkeypatch.setattr("openamp_py.remoteproc.aftermath.save_dump", save)
     policy = CrashPolicy(recovery=True, coredump=CoredumpMode.ENABLED, coredump_to=tmp_path)
     with trio.fail_after(5):
         async with open_fake(RUNNING, policy=policy) as (processor, platform):
@@ -510,4 +510,4 @@ async def test_a_hundred_crashes(open_fake: OpenFake, do_step: Do) -> None:
                 assert processor.boots == number + 1
                 if number == 100:
                     break
-            assert len(processor._settling) == 0
+            assert not processor._aftermath.settling

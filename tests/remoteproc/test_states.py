@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -13,9 +13,11 @@ import trio.testing
 from openamp_py import (
     Link,
     LoopbackPlatform,
+    NativePlatform,
     PeerGoneError,
     ProcessorState,
     RemoteProcessor,
+    ResourceTable,
     StateError,
     open_bus,
     open_processor,
@@ -24,10 +26,14 @@ from openamp_py.constants import NOTIFY_ID_ANY
 from openamp_py.memory import MemoryMap, Region
 from openamp_py.platforms import demo
 from openamp_py.platforms.demo import python_firmware
+from openamp_py.platforms.native import shipped_echo
 from openamp_py.remote import serve_remote
+from openamp_py.remoteproc.lifecycle import Happening
+from openamp_py.remoteproc.resource_table import Unknown
 from openamp_py.remoteproc.states import STATE_LIMIT, StateWatch
 from openamp_py.rpmsg import Bus
 
+Do = Callable[[RemoteProcessor, Happening], Awaitable[None]]
 OpenFake = Callable[..., AbstractAsyncContextManager[tuple[RemoteProcessor, Any]]]
 
 S = ProcessorState
@@ -69,9 +75,49 @@ async def test_waiters_are_told_that_the_block_ends(open_fake: OpenFake) -> None
 
     with trio.fail_after(5):
         async with trio.open_nursery() as nursery, open_fake(S.STOPPED) as (processor, _):
-            nursery.start_soon(wait, processor.wait_up)
             nursery.start_soon(wait, lambda: processor.wait_state(S.CRASHED))
             await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(StateError, match="block has ended"):
+            await processor.wait_up()
+
+
+async def test_waiting_for_a_core_that_nobody_boots_ends(open_fake: OpenFake, do_step: Do) -> None:
+    with trio.fail_after(5):
+        async with open_fake(S.STOPPED) as (processor, platform):
+            with pytest.raises(StateError, match="it is stopped, and nobody boots it"):
+                await processor.wait_up()
+        async with open_fake(S.RUNNING) as (processor, platform), trio.open_nursery() as nursery:
+            await do_step(processor, Happening.EXIT)
+            with pytest.raises(PeerGoneError, match="the other side left"):
+                await processor.wait_up()
+            await processor.shutdown()
+            platform.script.hangs["run"] = trio.Event()
+            nursery.start_soon(processor.boot, python_firmware())
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(processor.wait_up)
+            await trio.testing.wait_all_tasks_blocked()
+            platform.script.hangs["run"].set()
+
+
+async def test_firmware_from_a_stream_is_booted_again() -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        yield shipped_echo().read_bytes()
+
+    async with open_processor(NativePlatform()) as processor:
+        await processor.boot(stream())
+        await processor.shutdown()
+        await processor.boot()
+        assert processor.firmware is not None and processor.firmware.entry
+
+
+async def test_a_table_that_was_given_stays(open_fake: OpenFake) -> None:
+    other = ResourceTable((*demo.TABLE.entries, Unknown(9, b"more")))
+    async with open_fake() as (processor, _):
+        processor.set_table(other, 0x2000)
+        for _ in range(2):
+            await processor.boot(python_firmware())
+            assert processor.table is not None and len(processor.table.entries) == 2
+            await processor.shutdown()
 
 
 async def test_memory_that_the_platform_does_not_know_of(open_fake: OpenFake) -> None:
