@@ -36,6 +36,7 @@ FLOORS = {
     "remoteproc.plan": 3,
     "firmware": 3,
     "background": 4,
+    "feed": 4,
     "rpmsg": 4,
     "remoteproc": 4,
     "platforms": 4,

@@ -41,11 +41,11 @@ S = ProcessorState
 
 async def test_a_slow_reader_loses_the_oldest() -> None:
     watch = StateWatch(S.OFFLINE)
-    for _ in range(STATE_LIMIT):
+    for _ in range(STATE_LIMIT + 1):
         watch.add(S.RUNNING)
     assert watch.missed == 1
     watch.end()
-    assert [state async for state in watch] == [S.RUNNING] * STATE_LIMIT
+    assert [state async for state in watch] == [S.RUNNING] * (STATE_LIMIT + 1)
 
 
 async def test_a_reader_that_is_cancelled_loses_nothing() -> None:
