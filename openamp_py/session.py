@@ -163,7 +163,7 @@ class Session:
         The bus is broken then. Messages that wait in the rings are the next host's.
 
         Returns:
-            How many messages were taken from the rings and not received: they are lost.
+            How many messages were taken from the rings and not received: they can be, here.
 
         Raises:
             PlatformError: the core cannot be left running; nothing has changed.

@@ -141,8 +141,8 @@ class RemoteProcessor:
 
     @property
     def is_up(self) -> bool:
-        """Whether there is a core that executes, or is suspended."""
-        return self.state in _UP
+        """Whether there is a core that executes, or is suspended; not one that is reported."""
+        return self.state in _UP and (self._life is None or self._life.report is None)
 
     @property
     def closed(self) -> bool:
@@ -201,7 +201,8 @@ class RemoteProcessor:
         await trio.lowlevel.checkpoint()
         while not self.is_up:
             self._check_open("wait")
-            if self._busy is None and not self._booting.locked() and not self.recovering:
+            coming = self.state in _UP or self._busy is not None or self._booting.locked()
+            if not coming and not self.recovering:
                 if self.failure is not None:
                     raise self.failure.with_traceback(None)
                 raise StateError(
@@ -517,7 +518,7 @@ class RemoteProcessor:
             note: what the next host is to know: see `Core.note`.
 
         Returns:
-            How many messages were taken from the rings and not received: they are lost.
+            How many messages were taken from the rings and not received: they can be, here.
 
         Raises:
             PlatformError: the core cannot be left running; nothing has changed.

@@ -393,11 +393,21 @@ async def test_a_crash_is_reported_once(
     async with open_fake(RUNNING, policy=RECOVERS) as (processor, _):
         news = [processor.report_crash(CrashKind.WATCHDOG, f"silence {n}") for n in range(3)]
         assert news == [True, False, False]
+        assert processor.state is RUNNING and not processor.is_up
+        await processor.wait_up()
+        assert (processor.boots, processor.crashes) == (2, 1)
+
+
+async def test_the_report_is_what_ended_the_core(
+    open_fake: OpenFake, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_fake(RUNNING) as (processor, _):
+        assert processor.report_crash(CrashKind.WATCHDOG, "silence 0")
         with pytest.raises(CoreCrashedError, match="silence 0") as caught:
             await processor.wait_exit()
         assert caught.value.kind is CrashKind.WATCHDOG
-        await processor.wait_up()
-        assert processor.crashes == 1
+        with pytest.raises(CoreCrashedError, match="silence 0"):
+            await processor.wait_up()
 
 
 async def test_a_report_and_a_real_crash_are_one(open_fake: OpenFake) -> None:
