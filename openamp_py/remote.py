@@ -31,10 +31,12 @@ async def serve_remote(
     that returns by itself is done, and its device is not served any more: an endpoint that is to
     stay when the host withdraws its own is opened with `rebind`.
 
-    Returns when all are done, or the other side left.
+    Returns when all are done, or the other side left: a host that resets its driver and comes
+    back is served on the same link, a host whose program ends takes a `shm:` link with it. For the
+    next program close that link, make a new one, and call this again.
 
     Args:
-        link: this remote's end of the link.
+        link: this remote's end of the link; one serves one call.
         application: an async function of one `Bus`, run once at a time for each device. What it
             raises ends this call, but for what a reset makes of it.
         options: how the buses work the link.

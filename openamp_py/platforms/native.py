@@ -34,8 +34,8 @@ class NativePlatform(Platform):
     """Memory and cores for firmware that is built for this machine.
 
     Args:
-        ram_da: device address at which the firmware is linked.
-        ram_size: bytes of RAM, a multiple of the page size.
+        ram_da: device address at which the firmware is linked; by default 0x20000000.
+        ram_size: bytes of RAM, a multiple of the page size; by default 16 MiB.
         rendezvous: path of a socket. Given, cores are started under a keeper that listens there:
             they can be left running, and attached to by another host of the same user.
 

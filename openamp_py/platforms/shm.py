@@ -95,6 +95,8 @@ def _descriptor(url: str, text: str) -> int:
 class ShmLink(DoorbellLink):
     """One end of such a link. Closed by whoever made it, after the devices on it.
 
+    It runs once: when the other side has left it is to be closed, and a new one made.
+
     Args:
         address: where it is. Descriptors named in it are owned by the link that runs.
     """

@@ -23,7 +23,8 @@ class CoredumpMode(enum.Enum):
 
 
 CoredumpSink: TypeAlias = str | os.PathLike[str] | Callable[[Coredump], Awaitable[None]]
-"""Where a coredump goes: a directory, a file (each dump replaces the one before), or a function."""
+"""Where a coredump goes: a directory that exists, a file (each dump replaces the one before), or an
+async function of the `Coredump`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,10 @@ class CrashPolicy:
         recovery: load and start the same image again. Without it, `RemoteProcessor.recover`
             does so by hand.
         coredump: whether and when the core's memory is saved.
-        coredump_to: where to; must be given unless that is never.
+        coredump_to: where to; must be given unless that is never. In a directory that exists each
+            crash of this processor has a file of its own, NAME-N.core (the N-th since the
+            processor was made: another run replaces it); any other path is a file that the next
+            dump replaces; or an async function of the `Coredump`.
         limit: this many crashes within the window are a loop: the last is not recovered from.
         window: seconds.
 

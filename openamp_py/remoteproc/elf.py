@@ -85,7 +85,8 @@ class Segment:
 class Firmware:
     """What a core is started with.
 
-    Built by hand for a remote in Python: it has no ELF, so all it may need is a table.
+    Built by hand for a remote in Python: it has no ELF, so all it may need is a table, which
+    `with_table` puts where the remote finds it: ``with_table(Firmware(), rpmsg_table(), 0)``.
 
     Attributes:
         elf_class: 32 or 64; 0 without an ELF.

@@ -401,7 +401,8 @@ def lint_firmware(
     """Find every fault of an image from anywhere; the worst first, else in the order of the file.
 
     Args:
-        data: an ELF file; of another format only what its loader says.
+        data: the bytes of an ELF file (a path is read by the caller); of another format only what
+            its loader says.
         ram: device address and size of each memory that the core has, if that is known.
     """
     data = bytes(data)

@@ -58,9 +58,16 @@ class Core(abc.ABC):
     """A core of a platform for one life: the link to it, and what else can be asked of it.
 
     Made by a Platform, worked by a RemoteProcessor. Beside what a `Link` is, a core may be able
-    to pause and to be left running; those calls refuse unless a platform does them.
+    to pause and to be left running; those calls refuse unless a platform does them. A subclass
+    supplies `name`, `memory`, `kick` and `run`; the rest has a default or is set at the start.
 
     Attributes:
+        name: for messages: "native core".
+        memory: what the host can reach of it: the platform's.
+        table_da: where the resource table lies. Set by the processor when it starts a core; by
+            the platform, to an address or None, for one that is to be attached to.
+        buffer_area: as the platform's.
+        handshake: how the driver of its devices walks the status word.
         machine: its e_machine in an ELF, for the coredump; 0 where it runs no machine code.
         elf_class: 32 or 64, for the same.
         note: what the host that detached from it left for the next one.
@@ -126,8 +133,9 @@ class Core(abc.ABC):
 class Platform(abc.ABC):
     """A kind of core, and the memory of one such core. Owned by its RemoteProcessor.
 
-    Only `create_core` must be there; each other operation does what most platforms want, and may
-    be replaced. One that raises, or is cancelled, leaves the processor where the next call works.
+    A subclass supplies `name`, `memory` (made of `Region`, in its constructor) and `create_core`;
+    each other operation does what most platforms want, and may be replaced. One that raises, or is
+    cancelled, leaves the processor where the next call works.
 
     Attributes:
         name: for messages, and for the processor where it has no other.

@@ -302,6 +302,11 @@ class RemoteProcessor:
     def register_vendor(self, type_: int, handler: VendorHandler) -> None:
         """Says who handles vendor entries of a type in the tables that are loaded from now on.
 
+        Args:
+            type_: 128 to 512.
+            handler: a function of the entry, whose `data` are its bytes; what it returns is
+                ignored. Raises ResourceTableError to refuse the image.
+
         Raises:
             ValueError: it is no vendor's type.
         """
@@ -459,6 +464,9 @@ class RemoteProcessor:
 
     async def suspend(self) -> None:
         """Pauses the core; messages to it wait.
+
+        `Endpoint.send` returns once they are in the ring, unless that is full. An endpoint that is
+        not bound yet is bound only after `resume`, so its `send` waits for that.
 
         Raises:
             PlatformError: this core cannot be suspended.

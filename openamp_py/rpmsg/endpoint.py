@@ -428,7 +428,8 @@ class Endpoint:
         handler, and all handlers have returned.
 
         Args:
-            handler: an async function of one `Message`. What it raises ends this call.
+            handler: an async function of one `Message`. It answers with `send_to`, to the
+                message's source; what it returns is ignored, and what it raises ends this call.
             concurrency: handlers that may run at once. With 1 the messages are handled in
                 their order; with more they are begun in it.
 
