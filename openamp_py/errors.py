@@ -132,3 +132,12 @@ class StateError(OpenAMPError, RuntimeError):
 
 class DetachedError(StateError):
     """The device was detached here: it goes on, and another host may have it."""
+
+
+def as_ours(error: Exception, what: str) -> OpenAMPError:
+    """An error of the tree as it is; any other as the cause of a PlatformError that says what."""
+    if isinstance(error, OpenAMPError):
+        return error
+    ours = PlatformError(f"{what}: {error!r}")
+    ours.__cause__ = error
+    return ours

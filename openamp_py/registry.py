@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from openamp_py.background import open_background
-from openamp_py.errors import OpenAMPError, PlatformError, StateError
+from openamp_py.errors import StateError, as_ours
 from openamp_py.remoteproc import Platform, RemoteProcessor, open_processor
 from openamp_py.remoteproc.crash import NO_POLICY, CrashPolicy
 from openamp_py.remoteproc.sources import Image
@@ -73,8 +73,9 @@ class Registry:
             try:
                 await processor.boot()
             except BaseException:
-                with trio.CancelScope(shield=True):
-                    await self.remove(name)
+                if self._names.get(name) is processor:  # nobody has removed it meanwhile
+                    with trio.CancelScope(shield=True):
+                        await self.remove(name)
                 raise
         return processor
 
@@ -211,11 +212,9 @@ async def _boot(processor: RemoteProcessor, *, task_status: trio.TaskStatus[None
     task_status.started()
     try:
         await processor.boot()
-    except (OpenAMPError, OSError) as error:
-        if not isinstance(error, OpenAMPError):
-            error = PlatformError(f"{processor.name} does not boot: {error}")
-        processor.failure = error
-        _logger.error("%s does not boot: %s", processor.name, str(error))
+    except Exception as error:  # of a stream, too: it is not to end the other processors
+        processor.failure = as_ours(error, f"{processor.name} does not boot")
+        _logger.error("%s does not boot: %s", processor.name, repr(error))
 
 
 @asynccontextmanager

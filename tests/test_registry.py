@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 import trio
 import trio.testing
@@ -41,6 +43,14 @@ class _Fails(LoopbackPlatform):
 
     async def prepare(self) -> None:
         raise PlatformError("no power")
+
+
+class _Hangs(LoopbackPlatform):
+    def __init__(self) -> None:
+        super().__init__(serve_echo)
+
+    async def prepare(self) -> None:
+        await trio.sleep_forever()
 
 
 def _platform() -> LoopbackPlatform:
@@ -180,3 +190,35 @@ async def test_the_registry_ends_what_runs() -> None:
         assert registry.names == ()
         with pytest.raises(KeyError, match="there are: none"):
             registry.get("one")
+
+
+async def test_one_that_is_removed_while_it_boots() -> None:
+    """Whoever has its name by then is left alone."""
+    with trio.fail_after(5):
+        async with open_registry() as registry, trio.open_nursery() as nursery:
+
+            async def add() -> None:
+                with pytest.raises(StateError, match="block ended while configure was under way"):
+                    await registry.add(_Hangs(), "dsp", firmware=python_firmware(), auto_boot=True)
+
+            nursery.start_soon(add)
+            await trio.testing.wait_all_tasks_blocked()
+            await registry.remove("dsp")
+            other = await registry.add(_platform(), "dsp")
+            await trio.testing.wait_all_tasks_blocked()
+            assert registry.get("dsp") is other
+            registry.put(other)
+
+
+async def test_whatever_a_boot_in_the_background_raises_is_its_failure() -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        yield b"\x7fELF"
+        raise RuntimeError("connection lost")
+
+    with trio.fail_after(5):
+        async with open_registry() as registry:
+            processor = await registry.add_in_background(
+                LoopbackPlatform(serve_echo), "dsp", firmware=stream()
+            )
+            with pytest.raises(PlatformError, match="dsp does not boot: RuntimeError"):
+                await processor.wait_up()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from openamp_py.errors import CrashLoopError, OpenAMPError, PlatformError
+from openamp_py.errors import CrashLoopError, as_ours
 from openamp_py.remoteproc.coredump import Coredump
 from openamp_py.remoteproc.crash import CoredumpMode, CoredumpSink
 from openamp_py.remoteproc.dumping import copy_dump, save_dump
@@ -148,12 +148,4 @@ class Aftermath:
             except Exception as error:  # a start that fails is one more crash
                 if processor.closed:
                     return
-                processor.failure = _as_ours(error)
-
-
-def _as_ours(error: Exception) -> OpenAMPError:
-    if isinstance(error, OpenAMPError):
-        return error
-    ours = PlatformError(f"the core did not start: {error!r}")
-    ours.__cause__ = error
-    return ours
+                processor.failure = as_ours(error, "the core did not start")

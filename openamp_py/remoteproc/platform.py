@@ -8,7 +8,7 @@ from typing import Protocol
 
 import trio
 
-from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError
+from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError, as_ours
 from openamp_py.memory import MemoryMap
 from openamp_py.remoteproc.coredump import DumpSegment
 from openamp_py.remoteproc.elf import Firmware
@@ -245,10 +245,7 @@ async def run_link(
     try:
         await link.run(notified, task_status=Status())
     except Exception as problem:
-        error = problem
-        if not isinstance(error, OpenAMPError):
-            error = PlatformError(f"{link.name} failed: {problem!r}")
-            error.__cause__ = problem
+        error = as_ours(problem, f"{link.name} failed")
         if not up:
             raise error from error.__cause__
         return error
