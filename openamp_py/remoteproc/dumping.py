@@ -58,9 +58,10 @@ async def make_dump(
             "platform %s: its part of the coredump is missing: %s", platform.name, repr(error)
         )
     crash = failure if isinstance(failure, CoreCrashedError) else None
+    source = core or firmware  # loaded, and never started: what it was loaded for
     return Coredump(
-        machine=core.machine if core else 0,
-        elf_class=core.elf_class if core else 32,
+        machine=source.machine if source else 0,
+        elf_class=source.elf_class if source else 32,
         entry=firmware.entry if firmware else 0,
         segments=tuple(segments),
         reason="" if failure is None else str(failure),

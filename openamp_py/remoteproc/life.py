@@ -51,6 +51,11 @@ class Life:
         self.settled = trio.Event()
         self._asking: trio.CancelScope | None = None
 
+    @property
+    def is_put_down(self) -> bool:
+        """It was reported as crashed, and is about to end for that."""
+        return self.report is not None and not self.is_leaving and not self.ended.is_set()
+
     async def ask(self, request: Callable[[], Awaitable[None]]) -> None:
         """Asks something of the core, or of what needs it; not for longer than it lives.
 

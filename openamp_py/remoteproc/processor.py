@@ -269,6 +269,8 @@ class RemoteProcessor:
         """
         if (da is None) == (pa is None):
             raise ValueError("one address is needed: da or pa")
+        if size < 0:
+            raise ValueError(f"a piece of memory of {size} bytes; 0 or more are possible")
         found = self._translate(da, size) if da is not None else None
         if pa is not None:
             found = self.memory.find_pa(pa, size)
@@ -284,7 +286,7 @@ class RemoteProcessor:
         """
         self._subdevices.append(subdevice)
         if self._life is not None and self._life.is_up:
-            self._life.subdevices.join(subdevice)
+            self._life.subdevices.join()
 
     def remove_subdevice(self, subdevice: Subdevice) -> None:
         """Takes it out again; it is not stopped.
@@ -295,9 +297,6 @@ class RemoteProcessor:
         if subdevice not in self._subdevices:
             raise ValueError(f"subdevice {subdevice!r} was not added to {self.name}")
         self._subdevices.remove(subdevice)
-        for life in (self._life, *self._aftermath.settling):
-            if life is not None:
-                life.subdevices.leave(subdevice)
 
     def register_vendor(self, type_: int, handler: VendorHandler) -> None:
         """Says who handles vendor entries of a type in the tables that are loaded from now on.
@@ -436,8 +435,8 @@ class RemoteProcessor:
             StateError: not now.
         """
         with self._call(Call.START) as after:
-            self._aftermath.forget()
             life = await self._create()
+            self._aftermath.forget()
             self.power_count = 1
             self._come_up(life, after)
 
@@ -621,8 +620,8 @@ class RemoteProcessor:
         await self.wait_settled()
         if was_recovering and self.is_up:
             return
-        self._aftermath.forget()
         await self.start_again()
+        self._aftermath.forget()
 
     async def coredump(self) -> Coredump:
         """What is to be kept of the core: a value, of memory that is still shared.
@@ -669,10 +668,12 @@ class RemoteProcessor:
         self._closed = True
         self._calling.cancel()
         await self.wait_idle()  # it is cancelled, and undoes what it did
+        await self._end_latest()
         await self._aftermath.end()
         await self._end_life()
         self._close_resources()
         self._plan = None
+        self.power_count = 0
         if self._prepared:
             await self._briefly(self.platform.unprepare, "unprepare")
         self._enter(ProcessorState.OFFLINE)
@@ -744,6 +745,7 @@ class RemoteProcessor:
         await trio.lowlevel.checkpoint()
         while self._busy is not None or self.recovering:
             await self.wait_change()
+        self._check_open("boot")
         if self.power_count:
             if image is not None and image != self._image:
                 raise StateError(f"the processor is {self.state.value} with another image")
@@ -839,6 +841,7 @@ class RemoteProcessor:
     def _come_up(self, life: Life, state: ProcessorState) -> None:
         """The core is up; it may have ended already."""
         life.is_up = True
+        life.subdevices.join()
         self.boots += 1
         self._enter(state)
         if life.happening is not None:
@@ -877,10 +880,7 @@ class RemoteProcessor:
     def _happened(self, life: Life) -> None:
         """The core has ended by itself: sees to what is to be done."""
         assert life.happening is not None
-        if life.happening is Happening.CRASH:
-            self.crashes += 1
-        else:
-            self.power_count = 0
+        self.crashes += life.happening is Happening.CRASH
         self._aftermath.begin(life)
         self._enter(next_state(self.state, life.happening))
 
@@ -900,22 +900,29 @@ class RemoteProcessor:
             life.core.interrupt()
         except Exception as error:
             _logger.error("%s cannot be interrupted: %s", life.core.name, repr(error))
-        with trio.move_on_after(_INTERRUPT_GRACE):
-            await life.ended.wait()
-        life.scope.cancel()
+        try:
+            with trio.move_on_after(_INTERRUPT_GRACE):
+                await life.ended.wait()
+        finally:  # who ends the processor waits for this
+            life.scope.cancel()
 
     async def _end_latest(self) -> None:
         """Lets what follows a crash end without a new start, before the memory changes."""
-        while self._latest is not None and self._latest in self._aftermath.settling:
-            await self._aftermath.end([self._latest])
+        while (life := self._latest) is not None:
+            if life.is_put_down:
+                await life.ended.wait()
+            if life not in self._aftermath.settling:
+                break
+            await self._aftermath.end([life])
 
     async def _end_life(self, life: Life | None = None) -> None:
         """Ends the core and its subdevices. Takes no longer than those have."""
         life = life or self._life or self._latest
+        if life is not None:
+            life.is_leaving = True  # before anything is awaited: from now on it does not crash
         with trio.CancelScope(shield=True):
             await trio.lowlevel.checkpoint()
             if life is not None:
-                life.is_leaving = True
                 await life.subdevices.stop(crashed=False)
                 if self._life is life:
                     life.scope.cancel()
@@ -926,9 +933,16 @@ class RemoteProcessor:
         life = self._life
         if life is None:  # it ends at this moment
             raise StateError("the core has just ended")
+        if life.is_put_down:
+            raise StateError(f"the core is being ended: {life.report}")
         return life
 
     def _check_coming_back(self) -> None:
+        if self.state is ProcessorState.STOPPED:
+            raise StateError(
+                "the core has ended by itself; users that have not shut it down yet: "
+                f"{self.power_count}"
+            )
         by_hand = self._busy is Call.RECOVER
         if self.state is ProcessorState.CRASHED and not self.recovering and not by_hand:
             assert self.failure is not None, "a crash has a cause"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Sequence
 from typing import Final
 
 import trio
@@ -38,49 +38,53 @@ class Subdevice:
 
 
 class Subdevices:
-    """The subdevices of one life of a core, and how far they have come."""
+    """The subdevices of one life of a core, and how far they have come.
 
-    def __init__(self, subdevices: Iterable[Subdevice]) -> None:
-        self._all = list(subdevices)
+    Args:
+        subdevices: the processor's own list: what leaves it meanwhile is left alone, and what
+            comes is taken in by `join`.
+    """
+
+    def __init__(self, subdevices: Sequence[Subdevice]) -> None:
+        self._all = subdevices
         self._prepared: list[Subdevice] = []
         self._started: list[Subdevice] = []
 
     async def prepare(self) -> None:
         """Prepares each in order. `end` undoes what was done, also after an error."""
         for subdevice in tuple(self._all):
-            await subdevice.prepare()
-            self._prepared.append(subdevice)
+            if subdevice in self._all:  # it may have left meanwhile
+                await subdevice.prepare()
+                self._prepared.append(subdevice)
 
     async def start(self) -> None:
         """Starts each in order. `end` undoes what was done, also after an error."""
-        for subdevice in tuple(self._all):
-            if subdevice in self._all:  # it may have left meanwhile
+        for subdevice in tuple(self._prepared):
+            if subdevice in self._all:
                 await subdevice.start()
                 self._started.append(subdevice)
 
-    def join(self, subdevice: Subdevice) -> None:
-        """One that comes while the core runs: as if it had been started."""
-        self._prepared.append(subdevice)
-        self._started.append(subdevice)
-
-    def leave(self, subdevice: Subdevice) -> None:
-        """One that goes while the core runs: it is not stopped."""
-        for taken in (self._all, self._prepared, self._started):
-            if subdevice in taken:
-                taken.remove(subdevice)
+    def join(self) -> None:
+        """The core runs: those that came since it was prepared are as if they had been started."""
+        for subdevice in self._all:
+            if subdevice not in self._prepared:
+                self._prepared.append(subdevice)
+                self._started.append(subdevice)
 
     async def stop(self, *, crashed: bool) -> None:
         """Stops what was started, in reverse."""
         while self._started:
             subdevice = self._started.pop()
-            await _undo(f"stopping {subdevice!r}", subdevice.stop(crashed=crashed))
+            if subdevice in self._all:
+                await _undo(f"stopping {subdevice!r}", subdevice.stop(crashed=crashed))
 
     async def end(self, *, crashed: bool) -> None:
         """Stops and unprepares what is left, in reverse."""
         await self.stop(crashed=crashed)
         while self._prepared:
             subdevice = self._prepared.pop()
-            await _undo(f"unpreparing {subdevice!r}", subdevice.unprepare())
+            if subdevice in self._all:
+                await _undo(f"unpreparing {subdevice!r}", subdevice.unprepare())
 
 
 async def _undo(what: str, step: Awaitable[None]) -> None:

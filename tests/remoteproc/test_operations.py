@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import trio.testing
 
 from openamp_py import (
     CoreCrashedError,
+    Coredump,
     CrashKind,
+    CrashLoopError,
     Firmware,
     ImageError,
     OpenAMPError,
@@ -28,6 +31,7 @@ from openamp_py.platforms import demo
 from openamp_py.platforms.demo import python_firmware
 from openamp_py.remoteproc.crash import CoredumpMode, CrashPolicy
 from openamp_py.remoteproc.elf import Segment
+from openamp_py.remoteproc.lifecycle import Happening
 from openamp_py.remoteproc.resource_table import Vendor
 from openamp_py.remoteproc.subdevices import Subdevice
 
@@ -261,7 +265,7 @@ async def test_a_run_that_ends_at_once(open_fake: OpenFake) -> None:
         async with open_fake(S.READY) as (processor, platform):
             _lie(platform, _Runs.at_once)
             await processor.start()
-            assert await processor.wait_state(S.STOPPED) and processor.power_count == 0
+            assert await processor.wait_state(S.STOPPED) and processor.power_count == 1
             await processor.wait_exit()
 
 
@@ -485,3 +489,152 @@ async def test_a_refused_vendor_entry(open_fake: OpenFake) -> None:
             processor.register_vendor(3, refuse)
         with pytest.raises(ImageError):
             await processor.load(b"\x7fELF")
+
+
+# What comes between two steps
+
+
+async def _end_by_leaving(processor: RemoteProcessor) -> None:
+    """The end of the block sees to it."""
+
+
+@pytest.mark.parametrize("end", [RemoteProcessor.stop, RemoteProcessor.shutdown, _end_by_leaving])
+async def test_a_crash_that_was_reported_is_one_also_where_the_core_is_ended_at_once(
+    open_fake: OpenFake,
+    end: Callable[[RemoteProcessor], Awaitable[None]],
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    reasons = []
+
+    async def keep(dump: Coredump) -> None:
+        reasons.append(dump.reason)
+
+    policy = CrashPolicy(recovery=True, coredump=CoredumpMode.ENABLED, coredump_to=keep)
+    async with open_fake(S.RUNNING, policy=policy) as (processor, _):
+        assert processor.report_crash(CrashKind.WATCHDOG, "silent")
+        await end(processor)
+    assert processor.crashes == processor.boots == 1 and reasons == ["fake core: silent"]
+
+
+@pytest.mark.parametrize("call", ["suspend", "detach"])
+async def test_a_crash_that_was_reported_refuses_what_needs_the_core(
+    open_fake: OpenFake, call: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_fake(S.RUNNING) as (processor, _):
+        assert processor.report_crash(CrashKind.WATCHDOG, "silent")
+        with pytest.raises(StateError, match="is being ended: fake core: silent"):
+            await _ask(processor, call)
+        assert await processor.wait_state(S.CRASHED)
+
+
+async def test_a_core_that_ends_while_it_is_stopped_has_not_crashed(open_fake: OpenFake) -> None:
+    with trio.fail_after(5):
+        for _ in range(20):  # who comes first in one round of trio is chance
+            async with open_fake(S.RUNNING, policy=CrashPolicy(recovery=True)) as fake:
+                processor, platform = fake
+                platform.end_error = CoreCrashedError("died")
+                platform.end.set()
+                await processor.stop()
+                await processor.wait_settled()
+                assert (processor.state, processor.crashes) == (S.STOPPED, 0)
+                assert processor.failure is None
+
+
+async def test_a_boot_after_the_block(fake_platform: Fake) -> None:
+    async with open_processor(fake_platform()) as processor:
+        await processor.boot(python_firmware())
+    with pytest.raises(StateError, match="cannot boot: the processor's block has ended"):
+        await processor.boot()
+    assert processor.power_count == 0
+
+
+async def test_who_booted_a_core_that_ended_shuts_it_down(open_fake: OpenFake) -> None:
+    with trio.fail_after(5):
+        async with open_fake() as (processor, platform):
+            for _ in range(2):
+                await processor.boot(python_firmware())
+            platform.end.set()
+            await processor.wait_state(S.STOPPED)
+            await processor.shutdown()
+            assert (processor.state, processor.power_count) == (S.STOPPED, 1)
+            with pytest.raises(StateError, match="not shut it down yet: 1"):
+                await processor.boot()
+            await processor.shutdown()
+            await processor.boot()
+            assert (processor.state, processor.power_count) == (S.RUNNING, 1)
+
+
+async def test_a_recovery_that_is_refused_leaves_the_count_of_crashes(
+    open_fake: OpenFake, do_step: Callable[..., Awaitable[None]]
+) -> None:
+    with trio.fail_after(5):
+        async with open_fake(S.RUNNING, policy=CrashPolicy(recovery=True, limit=2)) as (
+            processor,
+            _,
+        ):
+            await do_step(processor, Happening.CRASH)
+            await processor.wait_up()
+            with pytest.raises(StateError, match="cannot recover a processor that is running"):
+                await processor.recover()
+            await do_step(processor, Happening.CRASH)
+            await processor.wait_settled()
+            assert isinstance(processor.failure, CrashLoopError)
+
+
+class _Steps(Subdevice):
+    """Notes what is done with it; its `prepare` may wait."""
+
+    def __init__(self, hold: trio.Event | None = None) -> None:
+        self.steps: list[str] = []
+        self._hold = hold
+
+    async def prepare(self) -> None:
+        self.steps.append("prepare")
+        if self._hold is not None:
+            await self._hold.wait()
+
+    async def start(self) -> None:
+        self.steps.append("start")
+
+    async def stop(self, *, crashed: bool) -> None:
+        self.steps.append("stop")
+
+    async def unprepare(self) -> None:
+        self.steps.append("unprepare")
+
+
+async def test_subdevices_that_come_and_go_while_the_core_starts(open_fake: OpenFake) -> None:
+    with trio.fail_after(5):
+        async with open_fake(S.READY) as (processor, _):
+            hold = trio.Event()
+            waits, goes, comes = _Steps(hold), _Steps(), _Steps()
+            processor.add_subdevice(waits)
+            processor.add_subdevice(goes)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(processor.start)
+                await trio.testing.wait_all_tasks_blocked()
+                for subdevice in (goes, waits):
+                    processor.remove_subdevice(subdevice)
+                processor.add_subdevice(comes)
+                hold.set()
+            await processor.stop()
+            assert goes.steps == []
+            assert waits.steps == ["prepare"], "it had begun"
+            assert comes.steps == ["stop", "unprepare"]
+
+
+async def test_a_size_below_zero_is_the_callers_fault(open_fake: OpenFake) -> None:
+    async with open_fake(S.RUNNING) as (processor, _):
+        for place in ({"da": 0x100}, {"pa": 0x100}):
+            with pytest.raises(ValueError, match="-5 bytes"):
+                processor.map(**place, size=-5)
+        with pytest.raises(ValueError, match="-5 bytes"):
+            processor.add_to_coredump(0x100, -5)
+
+
+async def test_a_dump_before_the_first_start_is_for_the_images_machine(
+    open_fake: OpenFake,
+) -> None:
+    async with open_fake(S.CONFIGURED) as (processor, _):
+        await processor.load(replace(python_firmware(), elf_class=64))
+        assert (await processor.coredump()).elf_class == 64
