@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 
 import trio
 
@@ -66,7 +67,8 @@ class Resources:
     Made by `open_resources` or by a RemoteProcessor, which also close it.
 
     Attributes:
-        table: the table as it was when the latest device was made.
+        table: the table as it was when it was read last: where a device is made, or its driver
+            has come up.
         devices: in the order of the table.
         failure: what ended the link; None while it is up.
 
@@ -125,16 +127,14 @@ class Resources:
             offered=vdev.device_features,
             status=SharedU8(view, vdev.offset + rt.VDEV_STATUS_OFFSET),
             accepted=SharedU32(view, accepted),
-            vrings=[
-                Vring(vring.da, VringLayout(vring.num, vring.align), vring.notify_id)
-                for vring in vdev.vrings
-            ],
+            vrings=_vrings_of(vdev),
             notify_id=vdev.notify_id,
             config=config,
             memory=link.memory,
             kick=link.kick,
             buffers=buffers,
             handshake=link.handshake,
+            find_vrings=partial(self._find_vrings, index) if self._role is Role.DEVICE else None,
             adopt=self._adopt,
         )
 
@@ -198,16 +198,7 @@ class Resources:
         old = self._device_of(index)
         if old.on_notify is not None:
             raise StateError(f"{old.name}: a bus works the device, or a task waits for its driver")
-        link = self._link
-        assert link.table_da is not None, "decoded before"
-        view = table_view(link.memory, link.table_da)
-        table = rt.decode_table_untrusted(bytes(view))
-        before, now = ([(v.offset, v.id) for v in t.vdevs] for t in (self.table, table))
-        if before != now:
-            raise ResourceTableError(
-                f"{link.name}: the table's vdev entries are at other places or of other kinds than "
-                f"before: (offset, id) were {before}, are {now}"
-            )
+        view, table = self._read_again()
         device = self._create_device(view, index, table.vdevs[index], old.buffers)
         self.table = table
         self.devices = (*self.devices[:index], device, *self.devices[index + 1 :])
@@ -215,6 +206,31 @@ class Resources:
         if self.failure is not None:
             device.fail(self.failure)
         return device
+
+    def _find_vrings(self, index: int) -> list[Vring]:
+        """Device: where the vrings are now. A host may have been reset since the device was made.
+
+        Raises:
+            ResourceTableError: the table is malformed by now, or describes another device.
+        """
+        _, self.table = self._read_again()
+        return _vrings_of(self.table.vdevs[index])
+
+    def _read_again(self) -> tuple[memoryview, rt.ResourceTable]:
+        """The table as it stands in memory, which still describes the same devices."""
+        link = self._link
+        assert link.table_da is not None, "decoded before"
+        view = table_view(link.memory, link.table_da)
+        table = rt.decode_table_untrusted(bytes(view))
+        before, now = (
+            [(v.offset, v.id, len(v.vrings)) for v in t.vdevs] for t in (self.table, table)
+        )
+        if before != now:
+            raise ResourceTableError(
+                f"{link.name}: the table's vdev entries are at other places or of other kinds than "
+                f"before: (offset, id, vrings) were {before}, are {now}"
+            )
+        return view, table
 
     def _device_of(self, index: int, role: Role = Role.DEVICE) -> VirtioDevice:
         if self._role is not role:
@@ -277,6 +293,13 @@ class Resources:
         """Lets go of the shared memory. Idempotent."""
         for device in self.devices:
             device.close()
+
+
+def _vrings_of(vdev: rt.Vdev) -> list[Vring]:
+    return [
+        Vring(vring.da, VringLayout(vring.num, vring.align), vring.notify_id)
+        for vring in vdev.vrings
+    ]
 
 
 def table_view(memory: MemoryMap, da: int) -> memoryview:

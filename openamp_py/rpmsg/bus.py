@@ -842,7 +842,8 @@ async def open_bus(
 
     Raises:
         ValueError: it is not an RPMsg device, or a buffer size is not possible.
-        ResourceTableError: its vrings or buffers do not fit its memory.
+        ResourceTableError: its vrings or buffers do not fit its memory; or the table in memory
+            became another until the driver was up.
         StateError: a driver had it before; a new start of the processor makes a new device.
         VirtqueueError: it cannot be taken over: its rings contradict themselves.
         trio.BrokenResourceError: the other side is gone.

@@ -82,6 +82,8 @@ class VirtioDevice:
         kick: called with a notify id to wake the other side; never blocks.
         buffers: a driver's source of buffer memory.
         handshake: how a driver here walks the status word.
+        find_vrings: device only: where its vrings are by the time its driver has come up; without
+            it they stay where they were.
         adopt: driver only: where another driver has the device up, it is taken over as it is.
     """
 
@@ -101,6 +103,7 @@ class VirtioDevice:
         kick: Callable[[int], None],
         buffers: BufferMemory,
         handshake: Handshake = Handshake.FULL,
+        find_vrings: Callable[[], Sequence[Vring]] | None = None,
         adopt: bool = False,
     ) -> None:
         self.role = role
@@ -122,6 +125,7 @@ class VirtioDevice:
         self._status = status
         self._accepted = accepted
         self._kick = kick
+        self._find_vrings = find_vrings
         self._features = 0
         self._begun = False
         self._closed = False
@@ -212,13 +216,19 @@ class VirtioDevice:
         self._kick(self.notify_id)
 
     def poll_driver(self) -> bool:
-        """Device: whether the driver has come up. Grants a reset where one is asked for."""
+        """Device: whether the driver has come up. Grants a reset where one is asked for.
+
+        Raises:
+            ResourceTableError: the vrings of a driver that is up cannot be found.
+        """
         self._check_role(Role.DEVICE)
         if self.status & NEEDS_RESET:
             self._status.store(0)
         up = self.is_up
         if up:
             self._features = self.offered & self._accepted.load()
+            if self._find_vrings is not None:
+                self.vrings = tuple(self._find_vrings())
         return up
 
     def give_up(self) -> None:

@@ -99,6 +99,56 @@ async def test_vrings_are_where_the_table_says_when_the_driver_is_up(
             assert remote.table.vdevs[0].vrings[1].da == start + 0x2000
 
 
+async def test_a_host_that_begins_anew_before_there_is_a_bus(create_ends: CreateEnds) -> None:
+    """Its vrings may be elsewhere, and the remote has seen the first ones."""
+    table = place_entries([_vdev(0, da=DA_ANY)])
+    host_end, remote_end = create_ends(table)
+    memory = host_end.memory.regions[0].view
+    at = table.vdevs[0].offset + 28
+
+    def place(start: int) -> None:
+        for number in range(2):
+            struct.pack_into("<I", memory, at + 20 * number, start + 0x2000 * number)
+
+    place(0x1000)
+    with trio.fail_after(5):
+        async with open_resources(remote_end) as remote:
+            async with (
+                open_resources(host_end, Role.DRIVER) as host,
+                open_bus(host.devices[0]),
+            ):
+                device = await remote.wait_driver(0)
+            place(0x8000)
+            async with (
+                open_resources(host_end, Role.DRIVER) as host,
+                open_bus(host.devices[0]) as host_bus,
+                open_bus(device) as bus,
+                host_bus.open_endpoint("echo") as endpoint,
+                bus.open_endpoint("echo") as own,
+            ):
+                assert [vring.da for vring in device.vrings] == [0x8000, 0xA000]
+                assert remote.table.vdevs[0].vrings[1].da == 0xA000
+                await endpoint.wait_bound()
+                await endpoint.send(b"x")
+                assert (await own.receive()).payload == b"x"
+
+
+async def test_a_table_that_became_another_opens_no_bus(create_ends: CreateEnds) -> None:
+    host_end, remote_end = create_ends(TWO)
+    async with (
+        open_resources(remote_end) as remote,
+        open_resources(host_end, Role.DRIVER) as host,
+        open_bus(host.devices[0]),
+    ):
+        device = await remote.wait_driver(0)
+        remote_end.memory.regions[0].view[TWO.vdevs[0].offset + VDEV_STATUS_OFFSET + 1] = (
+            1  # vrings
+        )
+        with pytest.raises(ResourceTableError, match="other places or of other kinds"):
+            async with open_bus(device):
+                pass
+
+
 async def test_a_reset_that_is_asked_for_is_granted(create_ends: CreateEnds) -> None:
     host_end, remote_end = create_ends(TWO)
     status = host_end.memory.regions[0].view[TWO.vdevs[0].offset + VDEV_STATUS_OFFSET :]
