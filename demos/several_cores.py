@@ -9,8 +9,6 @@ import trio
 
 import openamp_py
 from openamp_py import Link, LoopbackPlatform, NativePlatform, Registry
-from openamp_py.platforms.demo import python_firmware
-from openamp_py.platforms.native import shipped_echo
 
 
 async def sensor(link: Link) -> None:
@@ -39,8 +37,10 @@ async def main() -> None:
     """Registers them, and talks to each."""
     async with openamp_py.open_registry() as registry:
         for name in ("dsp0", "dsp1"):
-            await registry.add(NativePlatform(), name, firmware=shipped_echo())
-        await registry.add(LoopbackPlatform(sensor), "sensor", firmware=python_firmware())
+            await registry.add(NativePlatform(), name, firmware=openamp_py.shipped_echo())
+        await registry.add(
+            LoopbackPlatform(sensor), "sensor", firmware=openamp_py.python_firmware()
+        )
         print("there are:", ", ".join(registry.names))
         await ask(registry, "dsp0", openamp_py.ECHO_CHANNEL, b"hello, DSP")
         await ask(registry, "dsp1", openamp_py.ECHO_CHANNEL, b"hello, other DSP")

@@ -29,8 +29,10 @@ from openamp_py.platforms import (
     ShmAddress,
     ShmLink,
 )
+from openamp_py.platforms.demo import python_firmware
+from openamp_py.platforms.native import shipped_echo
 from openamp_py.registry import Registry, open_registry
-from openamp_py.remote import serve_remote
+from openamp_py.remote import BusApplication, serve_remote
 from openamp_py.remoteproc import (
     Core,
     Coredump,
@@ -65,6 +67,12 @@ from openamp_py.remoteproc import (
     rpmsg_table,
     with_table,
 )
+from openamp_py.remoteproc.crash import CoredumpSink
+from openamp_py.remoteproc.elf import Segment
+from openamp_py.remoteproc.plan import LoadPlan
+from openamp_py.remoteproc.processor import VendorHandler
+from openamp_py.remoteproc.resource_table import Carveout, DevMem, Trace, Vdev, Vendor, Vring
+from openamp_py.remoteproc.sources import Image
 from openamp_py.rpmsg import (
     Announcement,
     Bus,
@@ -103,6 +111,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "StateWatch",
     "CrashPolicy",
     "CoredumpMode",
+    "CoredumpSink",
     "CrashKind",
     "open_watchdog",
     "open_heartbeat",
@@ -133,6 +142,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "open_resources",
     "Resources",
     "serve_remote",
+    "BusApplication",
     "serve_echo",
     "Platform",
     "NativePlatform",
@@ -144,7 +154,12 @@ __all__ = [  # noqa: RUF022 - the most important first
     "ShmAddress",
     "MemoryMap",
     "Region",
+    "Image",
+    "shipped_echo",
+    "python_firmware",
     "Firmware",
+    "Segment",
+    "LoadPlan",
     "find_firmware",
     "decode_image_untrusted",
     "register_loader",
@@ -157,6 +172,13 @@ __all__ = [  # noqa: RUF022 - the most important first
     "decode_table_untrusted",
     "encode_table",
     "rpmsg_table",
+    "Vdev",
+    "Vring",
+    "Carveout",
+    "Trace",
+    "DevMem",
+    "Vendor",
+    "VendorHandler",
     "with_table",
     "Role",
     "Handshake",

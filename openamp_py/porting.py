@@ -60,9 +60,7 @@ LINUX: Final = (
     Row("rproc_free", "open_processor", "leaving the block"),
     Row("rproc_add", "Registry.add"),
     Row("devm_rproc_add", "Registry.add"),
-    Row(
-        "rproc_register", "Registry.add", "its older name; in_background is its async firmware load"
-    ),
+    Row("rproc_register", "Registry.add", "its older name; add_in_background does not wait"),
     Row("rproc_del", "Registry.remove"),
     Row("rproc_unregister", "Registry.remove", "its older name"),
     Row("rproc_boot", "RemoteProcessor.boot", "counted"),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import openamp_py
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMOS = ROOT / "demos"
 LIMIT = 60.0
@@ -85,6 +87,13 @@ def test_every_demo_is_run() -> None:
 @pytest.mark.parametrize("demo", OUTPUT)
 def test_demo(demo: str) -> None:
     assert _run(demo) == OUTPUT[demo]
+
+
+@pytest.mark.parametrize("demo", OUTPUT)
+def test_demos_use_only_what_is_public(demo: str) -> None:
+    text = (DEMOS / demo).read_text()
+    assert not re.search(r"^\s*(from|import) openamp_py\.", text, re.MULTILINE)
+    assert set(re.findall(r"\bopenamp_py\.(\w+)", text)) <= set(openamp_py.__all__)
 
 
 def test_ping_demo_on_every_core(core: str) -> None:

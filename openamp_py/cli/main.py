@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 
 from openamp_py.cli import bench, explain, inspect, lint, ping, serve, trace
 from openamp_py.cli.common import FAILED, USAGE, Command, UsageError
@@ -49,6 +50,9 @@ def _say(options: argparse.Namespace, error: Exception, code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="openamp", description="Talk to remote processors, or play one."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"openamp_py {version('openamp_py')}"
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(

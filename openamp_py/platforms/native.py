@@ -17,7 +17,7 @@ from openamp_py.platforms.child import SignalledCore, create_memory, run_child, 
 from openamp_py.platforms.doorbell import Doorbell, create_pair
 from openamp_py.platforms.keeper import Description, KeptCore, connect_keeper
 from openamp_py.platforms.report import REPORT_SIZE, judge
-from openamp_py.remoteproc.elf import Firmware
+from openamp_py.remoteproc.elf import Firmware, machine_name
 from openamp_py.remoteproc.platform import Platform
 
 RAM_DA = 0x2000_0000
@@ -79,7 +79,8 @@ class NativePlatform(Platform):
         if firmware.machine != self._machine or firmware.elf_class != 64:
             raise ImageError(
                 f"the image is for {firmware.machine_name or 'no machine'} "
-                f"({firmware.elf_class} bit); the native core runs machine {self._machine}, 64 bit"
+                f"({firmware.elf_class} bit); this one runs "
+                f"{machine_name(self._machine)} (64 bit)"
             )
         if self.memory.find_da(firmware.entry, 1) is None:
             raise ImageError(

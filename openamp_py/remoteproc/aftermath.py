@@ -134,8 +134,8 @@ class Aftermath:
                 times.popleft()
             if len(times) >= limit:
                 processor.failure = CrashLoopError(
-                    f"{processor.name} crashed {len(times)} times within {window} s, which is the "
-                    f"limit; it is not started again; the last time: {crash}"
+                    f"{processor.name} crashes in a loop: {len(times)} within {window} s, "
+                    f"which is the limit; it is not started again; the last crash: {crash}"
                 )
                 processor.failure.__cause__ = crash
                 _logger.error("%s", str(processor.failure))

@@ -148,7 +148,8 @@ def _recognise(data: bytes) -> Loader:
             return loader
     raise ImageError(
         f"neither an ELF file nor another known image ({_names()}): {len(data)} bytes, beginning "
-        f"with {head[:4].hex(' ') or 'nothing'}; for a raw binary give loader='raw' and its address"
+        f"with {head[:4].hex(' ') or 'nothing'}; for a raw binary "
+        "name the loader, raw, and give its address"
     )
 
 

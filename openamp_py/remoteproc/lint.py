@@ -404,13 +404,21 @@ def lint_firmware(
         data: the bytes of an ELF file (a path is read by the caller); of another format only what
             its loader says.
         ram: device address and size of each memory that the core has, if that is known.
+
+    Raises:
+        ImageError: the format needs a package that is not installed.
+        TypeError: it is no bytes.
     """
+    if isinstance(data, str):
+        raise TypeError(f"an image's bytes are wanted, not a path: {data!r}")
     data = bytes(data)
     report = _Report()
     try:
         decode_image_untrusted(data)
         refused = None
     except FirmwareError as error:
+        if isinstance(error.__cause__, ImportError):  # that is not the image's fault
+            raise
         refused = str(error)
     try:
         if data.startswith(b"\x7fELF") and len(data) >= _IDENT_SIZE:

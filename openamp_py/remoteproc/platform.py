@@ -75,7 +75,7 @@ class Core(abc.ABC):
 
     name: str
     memory: MemoryMap
-    table_da: int | None
+    table_da: int | None = None
     buffer_area: tuple[int, int] | None = None
     handshake: Handshake = Handshake.FULL
     machine: int = 0

@@ -201,7 +201,7 @@ class Vendor(_Placed):
     """
 
     type: int
-    data: bytes
+    data: bytes = field(repr=False)
 
     @classmethod
     def of(cls, type: int, payload: bytes) -> Vendor:
@@ -223,7 +223,7 @@ class Unknown(_Placed):
     """An entry of a type that is skipped; data goes on to the next entry or the end."""
 
     type: int
-    data: bytes
+    data: bytes = field(repr=False)
 
 
 Entry: TypeAlias = Carveout | DevMem | Trace | Vdev | Vendor | Unknown

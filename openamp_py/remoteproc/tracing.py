@@ -143,4 +143,5 @@ def _find(processor: RemoteProcessor, name: str | None) -> memoryview:
             except ValueError as error:
                 raise ResourceTableError(f"trace buffer {trace.name!r}: {error}") from None
     names = ", ".join(trace.name for trace in table.traces) or "none"
-    raise KeyError(f"no trace buffer {name or ''!r}; there are: {names}")
+    wanted = "trace buffer" if name is None else f"trace buffer {name!r}"
+    raise KeyError(f"no {wanted}; there are: {names}")

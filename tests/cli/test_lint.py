@@ -150,7 +150,7 @@ def test_inspect_shows_images_of_other_formats(
     out = capsys.readouterr().out
     assert out.startswith(f"{image}: no ELF, entry 0x1000\nsegment 0: da 0x1000, 0x4 bytes")
     assert main(["inspect", str(image)]) == 1
-    assert "give loader='raw' and its address" in capsys.readouterr().err
+    assert "name the loader, raw, and give its address" in capsys.readouterr().err
 
 
 def test_inspect_shows_what_is_not_mapped(

@@ -176,7 +176,10 @@ def test_a_table_that_a_segment_holds_in_part_is_refused() -> None:
 
 REFUSED: dict[str, tuple[bytes, str]] = {
     "empty": (b"", r"known image \(raw, srec, ihex, elf\): 0 bytes, beginning with nothing"),
-    "unknown": (CODE, r"200 bytes, beginning with 00 01 02 03; for a raw binary give loader='raw'"),
+    "unknown": (
+        CODE,
+        r"200 bytes, beginning with 00 01 02 03; for a raw binary name the loader",
+    ),
     "hex cut": (HEX[:-12].encode(), r"there is no end-of-file record; the file is truncated"),
     "srec cut": ("\n".join(SREC.splitlines()[:-1]).encode(), r"no S7, S8 or S9 record"),
     "checksum": (b":0400000001020304F3\n", r"line 1: expected crc"),
