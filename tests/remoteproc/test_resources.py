@@ -141,9 +141,7 @@ async def test_a_table_that_became_another_opens_no_bus(create_ends: CreateEnds)
         open_bus(host.devices[0]),
     ):
         device = await remote.wait_driver(0)
-        remote_end.memory.regions[0].view[TWO.vdevs[0].offset + VDEV_STATUS_OFFSET + 1] = (
-            1  # vrings
-        )
+        remote_end.memory.regions[0].view[TWO.vdevs[0].offset + 4] = 8  # its id
         with pytest.raises(ResourceTableError, match="other places or of other kinds"):
             async with open_bus(device):
                 pass
