@@ -23,8 +23,9 @@ class CoredumpMode(enum.Enum):
 
 
 CoredumpSink: TypeAlias = str | os.PathLike[str] | Callable[[Coredump], Awaitable[None]]
-"""Where a coredump goes: a directory that exists, a file (each dump replaces the one before), or an
-async function of the `Coredump`."""
+"""Where a coredump goes: a directory (each dump is one more file there), a file (each replaces the
+one before), or an async function of the `Coredump`. A path that ends with "/" is a directory, and
+is made if need be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +36,15 @@ class CrashPolicy:
         recovery: load and start the same image again. Without it, `RemoteProcessor.recover`
             does so by hand.
         coredump: whether and when the core's memory is saved.
-        coredump_to: where to; must be given unless that is never. In a directory that exists each
-            crash of this processor has a file of its own, NAME-N.core (the N-th since the
-            processor was made: another run replaces it); any other path is a file that the next
-            dump replaces; or an async function of the `Coredump`.
+        coredump_to: where to; must be given unless that is never. In a directory each crash has
+            a file of its own: NAME-N.core for the N-th of this processor, or the next free name
+            like it.
         limit: this many crashes within the window are a loop: the last is not recovered from.
         window: seconds.
 
     Raises:
         ValueError: a number is out of its range, or there is a mode without a place.
+        TypeError: the mode is none.
     """
 
     recovery: bool = False
@@ -57,6 +58,8 @@ class CrashPolicy:
             raise ValueError(f"a limit of {self.limit} crashes; at least 1 is needed")
         if not 0 < self.window < float("inf"):
             raise ValueError(f"a window of {self.window} s; more than 0 seconds are needed")
+        if not isinstance(self.coredump, CoredumpMode):
+            raise TypeError(f"coredump is {self.coredump!r}; a CoredumpMode is wanted")
         if self.coredump is not CoredumpMode.DISABLED and self.coredump_to is None:
             raise ValueError(f"coredump mode {self.coredump.value} needs a place: coredump_to")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import tempfile
@@ -90,10 +91,11 @@ async def save_dump(dump: Coredump, where: CoredumpSink, name: str) -> Path | No
     """Gives a dump to a function, or writes a file that only this user can read.
 
     Args:
-        where: a directory, in which the file is called `name`; a file; or a function.
+        where: a directory, in which the file is called `name`, with a number in it where that is
+            taken; a file, which is replaced in one step; or a function.
 
     Returns:
-        The file, where there is one. It replaces the one before in one step.
+        The file, where there is one.
 
     Raises:
         OSError: the file cannot be written, or not as a core file; none is left half done.
@@ -102,9 +104,10 @@ async def save_dump(dump: Coredump, where: CoredumpSink, name: str) -> Path | No
         await where(dump)
         return None
     path = trio.Path(where)
-    if await path.is_dir():
+    into_directory = await path.is_dir()
+    if into_directory:
         path /= name
-    if await path.exists() and not await path.is_file():
+    elif await path.exists() and not await path.is_file():
         raise FileExistsError(errno.EEXIST, "it exists and is not a regular file", str(path))
     try:
         pieces = encode_coredump(dump)
@@ -117,9 +120,28 @@ async def save_dump(dump: Coredump, where: CoredumpSink, name: str) -> Path | No
         async with trio.wrap_file(os.fdopen(descriptor, "wb")) as file:
             for piece in pieces:
                 await file.write(piece)
+        if into_directory:
+            return await trio.to_thread.run_sync(_rename_to_free, Path(made), Path(path))
         await part.rename(path)
     except BaseException:
         with trio.CancelScope(shield=True):
             await part.unlink(missing_ok=True)
         raise
     return Path(path)
+
+
+def _rename_to_free(part: Path, wanted: Path) -> Path:
+    """Gives a file a name that nothing had: another core's dump, or an older one, stays."""
+    path = wanted
+    for number in itertools.count(2):
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            break
+        except FileExistsError:
+            path = wanted.with_name(f"{wanted.stem}.{number}{wanted.suffix}")
+    try:
+        part.replace(path)
+    except OSError:
+        path.unlink()
+        raise
+    return path

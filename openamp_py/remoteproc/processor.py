@@ -241,8 +241,8 @@ class RemoteProcessor:
         is started again. Returns at once where nothing of this is to be waited for.
         """
         await trio.lowlevel.checkpoint()
-        if self._latest is not None and self._latest in self._aftermath.settling:
-            await self._latest.settled.wait()
+        while self._aftermath.settling:  # a recovered core's dump may be on its way still
+            await next(iter(self._aftermath.settling)).settled.wait()
 
     # What belongs to it
 

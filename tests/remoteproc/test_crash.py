@@ -373,6 +373,25 @@ async def test_a_crash_while_the_dump_of_another_is_written(
         assert sorted(names) == ["fake-1.core", "fake-2.core"]
 
 
+async def test_what_settles_after_a_recovery_is_waited_for(
+    open_fake: OpenFake, do_step: Do
+) -> None:
+    saved = []
+
+    async def save(dump: Coredump) -> None:
+        await trio.testing.wait_all_tasks_blocked()
+        saved.append(dump)
+
+    policy = CrashPolicy(recovery=True, coredump=CoredumpMode.ENABLED, coredump_to=save)
+    with trio.fail_after(5):
+        async with open_fake(RUNNING, policy=policy) as (processor, _):
+            await do_step(processor, CRASH)
+            await processor.wait_up()
+            assert not saved, "the core is back before"
+            await processor.wait_settled()
+            assert len(saved) == 1
+
+
 async def test_two_dumps_to_one_file_at_once(
     open_fake: OpenFake, do_step: Do, tmp_path: Path
 ) -> None:

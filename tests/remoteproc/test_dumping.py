@@ -87,12 +87,18 @@ async def test_a_dump_goes_into_a_directory_or_a_file_or_a_function(tmp_path: Pa
     async def take(dump: Coredump) -> None:
         given.append(dump)
 
-    assert await save_dump(DUMP, str(tmp_path), "core-1.core") == tmp_path / "core-1.core"
+    for name in ("core-1.core", "core-1.2.core", "core-1.3.core"):
+        assert await save_dump(DUMP, str(tmp_path), "core-1.core") == tmp_path / name
     for _ in range(2):
         assert await save_dump(DUMP, tmp_path / "mine", "core-1.core") == tmp_path / "mine"
     assert await save_dump(DUMP, take, "core-1.core") is None
     assert given == [DUMP]
-    assert sorted(os.listdir(tmp_path)) == ["core-1.core", "mine"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "core-1.2.core",
+        "core-1.3.core",
+        "core-1.core",
+        "mine",
+    ]
     for name in os.listdir(tmp_path):
         assert (tmp_path / name).read_bytes() == FILE
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o600, "memory may hold secrets"
@@ -103,7 +109,8 @@ async def test_nothing_is_written_through_a_link_that_somebody_laid(tmp_path: Pa
     precious.write_text("mine")
     for name in (".a.core.part", "a.core"):
         (tmp_path / name).symlink_to(precious)
-    await save_dump(DUMP, tmp_path, "a.core")
+    assert await save_dump(DUMP, tmp_path, "a.core") == tmp_path / "a.2.core"
+    await save_dump(DUMP, tmp_path / "a.core", "")
     assert precious.read_text() == "mine"
     assert not (tmp_path / "a.core").is_symlink()
 
@@ -112,7 +119,7 @@ async def test_two_dumps_of_one_name_do_not_mix(tmp_path: Path) -> None:
     other = Coredump(0, 32, 0, (DumpSegment(0, b"z" * (3 * PIECE_SIZE)),))
     async with trio.open_nursery() as nursery:
         for dump in (DUMP, other) * 4:
-            nursery.start_soon(save_dump, dump, tmp_path, "a.core")
+            nursery.start_soon(save_dump, dump, tmp_path / "a.core", "")
     (name,) = os.listdir(tmp_path)
     assert (tmp_path / name).read_bytes() in (FILE, b"".join(encode_coredump(other)))
 
