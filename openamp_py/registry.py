@@ -20,8 +20,9 @@ _logger = logging.getLogger(__name__)
 class _Entry:
     """A registered processor, and who uses it."""
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, name: str) -> None:
         self.handle = handle
+        self.name = name
         self.references = 1
         self.unused = trio.Event()
         self.gone = trio.Event()
@@ -38,6 +39,7 @@ class Registry:
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
         self._names: dict[str, RemoteProcessor] = {}
+        self._handles: dict[int, RemoteProcessor] = {}  # the same ones
         self._entries: dict[RemoteProcessor, _Entry] = {}
         self._next_handle = 0
 
@@ -103,10 +105,13 @@ class Registry:
         """Takes a processor out; it is shut down once nobody has a reference any more.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is none of that name; says which there are.
         """
-        processor = self._names.pop(name)
+        processor = self._names.get(name)
+        if processor is None:
+            raise self._unknown(name)
         entry = self._entries[processor]
+        self._take_out(entry)
         self._drop(entry)
         if entry.unused.is_set():
             await entry.gone.wait()
@@ -117,12 +122,11 @@ class Registry:
         Raises:
             KeyError: there is none; says which there are.
         """
-        for name, processor in self._names.items():
-            entry = self._entries[processor]
-            if key in (name, entry.handle):
-                entry.references += 1
-                return processor
-        raise KeyError(f"no processor {key!r}; there are: {', '.join(self._names) or 'none'}")
+        processor = self._names.get(key) if isinstance(key, str) else self._handles.get(key)
+        if processor is None:
+            raise self._unknown(key)
+        self._entries[processor].references += 1
+        return processor
 
     def handle(self, processor: RemoteProcessor) -> int:
         """The number of a processor, which is never given to another one.
@@ -139,8 +143,7 @@ class Registry:
             StateError: there is none to give back.
         """
         entry = self._entries.get(processor)
-        registered = entry is not None and processor in self._names.values()
-        if entry is None or entry.references <= registered:
+        if entry is None or entry.references <= (entry.handle in self._handles):
             raise StateError(f"no reference to processor {processor.name!r} is out")
         self._drop(entry)
 
@@ -166,10 +169,10 @@ class Registry:
     async def _register(
         self, platform: Platform, name: str, firmware: Image | None, policy: CrashPolicy
     ) -> RemoteProcessor:
-        entry = _Entry(self._next_handle)
+        entry = _Entry(self._next_handle, name)
         self._next_handle += 1
         processor: RemoteProcessor = await self._nursery.start(
-            self._keep, entry, platform, name, firmware, policy
+            self._keep, entry, platform, firmware, policy
         )
         return processor
 
@@ -177,13 +180,13 @@ class Registry:
         self,
         entry: _Entry,
         platform: Platform,
-        name: str,
         firmware: Image | None,
         policy: CrashPolicy,
         *,
         task_status: trio.TaskStatus[RemoteProcessor],
     ) -> None:
         """The processor's block, as long as it is used."""
+        name = entry.name
         if name in self._names:
             platform.close()
             raise ValueError(f"there is a processor named {name!r} already")
@@ -191,16 +194,22 @@ class Registry:
             platform, name=name, firmware=firmware, policy=policy
         ) as processor:
             assert name not in self._names, "nothing was awaited since"
-            self._names[name] = processor
+            self._names[name] = self._handles[entry.handle] = processor
             self._entries[processor] = entry
             task_status.started(processor)
             try:
                 await entry.unused.wait()
             finally:
+                if entry.handle in self._handles:  # the registry's block ends
+                    self._take_out(entry)
                 del self._entries[processor]
-                if self._names.get(name) is processor:  # the registry's block ends
-                    del self._names[name]
         entry.gone.set()
+
+    def _unknown(self, key: str | int) -> KeyError:
+        return KeyError(f"no processor {key!r}; there are: {', '.join(self._names) or 'none'}")
+
+    def _take_out(self, entry: _Entry) -> None:
+        del self._names[entry.name], self._handles[entry.handle]
 
     def _drop(self, entry: _Entry) -> None:
         entry.references -= 1

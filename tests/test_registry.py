@@ -76,6 +76,8 @@ async def test_names_and_handles() -> None:
                 registry.get(old)
             with pytest.raises(KeyError):
                 registry.handle(one)
+            with pytest.raises(KeyError, match="no processor 'three'; there are: two, one"):
+                await registry.remove("three")
 
 
 async def test_a_reference_outlives_the_removal() -> None:
@@ -206,7 +208,7 @@ async def test_one_that_is_removed_while_it_boots() -> None:
             await registry.remove("dsp")
             other = await registry.add(_platform(), "dsp")
             await trio.testing.wait_all_tasks_blocked()
-            assert registry.get("dsp") is other
+            assert registry.get("dsp") is other and registry.names == ("dsp",)
             registry.put(other)
 
 
