@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import stat
@@ -59,8 +60,10 @@ def find_firmware(name: str | os.PathLike[str]) -> Path:
         FileNotFoundError: there is none; says where it was looked for.
     """
     path = Path(name)
-    if path.is_absolute() or path.exists():
+    if path.exists():
         return path
+    if path.is_absolute():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     places = [*filter(None, os.environ.get(SEARCH_VARIABLE, "").split(":")), *SEARCH_DEFAULT]
     for place in places:
         found = Path(place) / path

@@ -116,6 +116,8 @@ def test_names_are_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fi
     assert find_firmware("later/other.elf") == later / "other.elf"
     with pytest.raises(FileNotFoundError) as caught:
         find_firmware("nowhere.elf")
+    with pytest.raises(FileNotFoundError, match="No such file or directory: '/nowhere'"):
+        find_firmware("/nowhere")
     assert str(caught.value) == (
         "firmware 'nowhere.elf' is neither a file here nor in /does-not-exist, "
         f"{tmp_path}, {later}, /lib/firmware (OPENAMP_FIRMWARE_PATH names further directories)"
