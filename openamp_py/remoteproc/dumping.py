@@ -91,8 +91,8 @@ async def save_dump(dump: Coredump, where: CoredumpSink, name: str) -> Path | No
     """Gives a dump to a function, or writes a file that only this user can read.
 
     Args:
-        where: a directory, in which the file is called `name`, with a number in it where that is
-            taken; a file, which is replaced in one step; or a function.
+        where: a directory (made if it ends with "/"), in which the file is called `name`, with a
+            number in it where that is taken; a file, which is replaced in one step; or a function.
 
     Returns:
         The file, where there is one.
@@ -104,6 +104,8 @@ async def save_dump(dump: Coredump, where: CoredumpSink, name: str) -> Path | No
         await where(dump)
         return None
     path = trio.Path(where)
+    if os.fspath(where).endswith(os.sep):
+        await path.mkdir(parents=True, exist_ok=True)
     into_directory = await path.is_dir()
     if into_directory:
         path /= name

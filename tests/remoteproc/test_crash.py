@@ -540,3 +540,20 @@ async def test_a_hundred_crashes(open_fake: OpenFake, do_step: Do) -> None:
                 if number == 100:
                     break
             assert not processor._aftermath.settling
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"limit": 0}, ValueError, "a limit of 0 crashes; at least 1"),
+        ({"window": 0.0}, ValueError, "a window of 0.0 s"),
+        ({"window": float("inf")}, ValueError, "a window of inf s"),
+        ({"coredump": CoredumpMode.INLINE}, ValueError, "mode inline needs a place: coredump_to"),
+        ({"coredump": "enabled", "coredump_to": "."}, TypeError, "a CoredumpMode is wanted"),
+    ],
+)
+def test_policies_that_cannot_be(
+    fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        CrashPolicy(**fields)

@@ -99,7 +99,9 @@ async def test_a_dump_goes_into_a_directory_or_a_file_or_a_function(tmp_path: Pa
         "core-1.core",
         "mine",
     ]
-    for name in os.listdir(tmp_path):
+    made = await save_dump(DUMP, f"{tmp_path}/deep/dumps/", "core-1.core")
+    assert made == tmp_path / "deep" / "dumps" / "core-1.core"
+    for name in ("core-1.core", "core-1.2.core", "mine", "deep/dumps/core-1.core"):
         assert (tmp_path / name).read_bytes() == FILE
         assert (tmp_path / name).stat().st_mode & 0o777 == 0o600, "memory may hold secrets"
 
