@@ -16,6 +16,9 @@ from openamp_py.remoteproc.sources import Image
 
 _logger = logging.getLogger(__name__)
 
+_BUSY_GRACE = 5.0
+"""Seconds that another user's call has to end before a use does."""
+
 
 class _Entry:
     """A registered processor, and who uses it."""
@@ -151,9 +154,13 @@ class Registry:
     async def use(self, key: str | int) -> AsyncIterator[RemoteProcessor]:
         """A reference to a processor, booted, for an `async with` block.
 
+        At its end another user's call that is under way is waited for, a short time.
+
         Raises:
             KeyError: there is none.
             OpenAMPError: what booting raises.
+            StateError: a call is under way still when the block has ended; its boot is not
+                given back.
         """
         processor = self.get(key)
         try:
@@ -162,6 +169,8 @@ class Registry:
                 yield processor
             finally:
                 with trio.CancelScope(shield=True):
+                    with trio.move_on_after(_BUSY_GRACE):
+                        await processor.wait_idle()
                     await processor.shutdown()
         finally:
             self.put(processor)

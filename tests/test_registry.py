@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,6 +15,7 @@ from openamp_py import (
     PlatformError,
     ProcessorState,
     StateError,
+    Subdevice,
 )
 from openamp_py.echo import serve_echo
 from openamp_py.platforms.demo import python_firmware
@@ -180,6 +182,26 @@ async def test_a_use_boots_and_shuts_down() -> None:
             assert (processor.state, processor.power_count) == (ProcessorState.OFFLINE, 0)
             with pytest.raises(StateError):
                 registry.put(processor)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+async def test_a_use_that_ends_while_a_call_is_under_way(
+    ends: bool, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Slow(Subdevice):
+        async def stop(self, *, crashed: bool) -> None:
+            await trio.sleep(1 if ends else 4)
+
+    async with open_registry() as registry:
+        processor = await registry.add(_platform(), "one", firmware=python_firmware())
+        for _ in range(1 if ends else 2):
+            processor.add_subdevice(Slow())
+        async with trio.open_nursery() as nursery:
+            with contextlib.nullcontext() if ends else pytest.raises(StateError, match="under way"):
+                async with registry.use("one"):
+                    nursery.start_soon(processor.stop)
+                    await trio.testing.wait_all_tasks_blocked()
+        assert processor.state is (ProcessorState.OFFLINE if ends else ProcessorState.STOPPED)
 
 
 async def test_the_registry_ends_what_runs() -> None:
