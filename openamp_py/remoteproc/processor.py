@@ -235,12 +235,14 @@ class RemoteProcessor:
             raise life.failure.with_traceback(None)
 
     async def wait_settled(self) -> None:
-        """Waits until what follows when a core has ended by itself is done.
+        """Waits until what follows when a core has ended by itself, or was reported, is done.
 
         Its subdevices are stopped, the coredump is written, and where the policy says so the core
         is started again. Returns at once where nothing of this is to be waited for.
         """
         await trio.lowlevel.checkpoint()
+        if self._life is not None and self._life.report is not None:
+            await self._life.ended.wait()
         while self._aftermath.settling:  # a recovered core's dump may be on its way still
             await next(iter(self._aftermath.settling)).settled.wait()
 

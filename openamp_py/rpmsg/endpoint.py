@@ -558,9 +558,11 @@ class Endpoint:
         """Raises when the endpoint is closed or its bus failed."""
         if self._closed:
             raise trio.ClosedResourceError(f"{self!r} was closed")
-        failure = self._failure or self._bus.failure
-        if failure is not None:
-            raise self._bus.broken(repr(self), failure)
+        if self._failure is not None:
+            what = f"{self!r} (opened without rebind, it ended with its device)"
+            raise self._bus.broken(what, self._failure)
+        if self._bus.failure is not None:
+            raise self._bus.broken(repr(self))
 
     def bind(self, destination: int) -> None:
         """The peer is at `destination` from now on."""

@@ -429,6 +429,15 @@ async def test_the_report_is_what_ended_the_core(
             await processor.wait_up()
 
 
+async def test_recovery_by_hand_right_after_a_report(
+    open_fake: OpenFake, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with open_fake(RUNNING) as (processor, _):
+        assert processor.report_crash(CrashKind.WATCHDOG, "silence")
+        await processor.recover()
+        assert (processor.state, processor.boots, processor.crashes) == (RUNNING, 2, 1)
+
+
 async def test_a_report_and_a_real_crash_are_one(open_fake: OpenFake) -> None:
     with trio.fail_after(5):
         async with open_fake(RUNNING, policy=RECOVERS) as (processor, platform):
