@@ -26,7 +26,7 @@ async def ask(registry: Registry, core: str, service: str, question: bytes) -> N
     """Boots a core if it is off, asks it, and lets go of it."""
     async with (
         registry.use(core) as processor,
-        openamp_py.open_bus(processor.rpmsg_device()) as bus,
+        openamp_py.open_host_bus(processor) as bus,
         bus.open_endpoint(service) as endpoint,
     ):
         await endpoint.send(question)

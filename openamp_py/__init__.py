@@ -21,6 +21,7 @@ from openamp_py.errors import (
     StateError,
     VirtqueueError,
 )
+from openamp_py.host import open_host_bus
 from openamp_py.memory import MemoryMap, Region
 from openamp_py.platforms import (
     LoopbackPlatform,
@@ -125,6 +126,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "open_registry",
     "Registry",
     "Subdevice",
+    "open_host_bus",
     "open_bus",
     "BusOptions",
     "WhenFull",

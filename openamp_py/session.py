@@ -11,7 +11,8 @@ import trio
 
 from openamp_py.constants import ECHO_CHANNEL
 from openamp_py.echo import serve_echo
-from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError, StateError
+from openamp_py.errors import OpenAMPError, PeerGoneError, StateError
+from openamp_py.host import open_host_bus
 from openamp_py.platforms import (
     LoopbackPlatform,
     NativePlatform,
@@ -30,17 +31,13 @@ from openamp_py.remoteproc import (
 )
 from openamp_py.remoteproc.crash import NO_POLICY, CrashPolicy
 from openamp_py.remoteproc.sources import Image
-from openamp_py.remoteproc.subdevices import Subdevice
 from openamp_py.rpmsg import (
     Bus,
     BusOptions,
     Endpoint,
-    Handover,
-    decode_handover_untrusted,
     encode_handover,
     open_bus,
 )
-from openamp_py.rpmsg.handover import NOTHING
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 from openamp_py.rpmsg.wire import SHUTDOWN_REQUEST
 from openamp_py.virtio import Role
@@ -61,26 +58,6 @@ class Shutdown:
 
     def __str__(self) -> str:
         return "graceful" if self.graceful else "hard"
-
-
-class _BusSubdevice(Subdevice):
-    """Lets a bus go on with each start of its processor, before that counts as running."""
-
-    def __init__(self, bus: Bus, processor: RemoteProcessor) -> None:
-        self._bus = bus
-        self._processor = processor
-
-    async def start(self) -> None:
-        """The core is up again."""
-        core = self._processor.core
-        try:
-            await self._bus.restart(
-                self._processor.rpmsg_device(), _decode_note(core.note if core else b"")
-            )
-        except trio.BrokenResourceError as error:
-            raise error.__cause__ or PeerGoneError(str(error)) from None
-        except trio.ClosedResourceError:
-            pass  # nobody wants it any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,22 +247,14 @@ async def open_session(
         return
     platform = create_platform(core) if isinstance(core, str) else core
     async with open_processor(platform, policy=policy) as processor:
-        handover = NOTHING
         if attach:
             if image is not None:
                 raise ValueError("a core that runs already takes no firmware")
             await processor.attach()
-            assert processor.core is not None
-            handover = _decode_note(processor.core.note)
         else:
             await processor.boot(shipped_image(platform) if image is None else image)
-        async with open_bus(processor.rpmsg_device(), options, handover) as bus:
-            subdevice = _BusSubdevice(bus, processor)
-            processor.add_subdevice(subdevice)
-            try:
-                yield Session(bus, processor)
-            finally:
-                processor.remove_subdevice(subdevice)
+        async with open_host_bus(processor, options) as bus:
+            yield Session(bus, processor)
 
 
 def check_core(core: str, image: Image | None) -> None:
@@ -304,14 +273,6 @@ def _parse_address(core: str, image: Image | None) -> ShmAddress:
     if image is not None:
         raise ValueError(f"core {core} runs already: it takes no firmware")
     return ShmAddress.parse(core)
-
-
-def _decode_note(note: bytes) -> Handover:
-    """What the host before knew of the other side; one that says nothing knew nothing."""
-    try:
-        return decode_handover_untrusted(note)
-    except ValueError as error:
-        raise PlatformError(f"what the host before left cannot be used: {error}") from None
 
 
 def shipped_image(platform: Platform) -> Image:

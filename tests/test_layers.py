@@ -37,6 +37,7 @@ FLOORS = {
     "firmware": 3,
     "background": 4,
     "feed": 4,
+    "host": 4,
     "rpmsg": 4,
     "remoteproc": 4,
     "platforms": 4,
