@@ -94,7 +94,7 @@ def decode_description_untrusted(data: bytes) -> tuple[Description, bytes]:
 
 
 @dataclass(eq=False)
-class Handover:
+class Connection:
     """A connection to a keeper, and what it handed over. Owned by a KeptCore, which closes it."""
 
     control: socket.socket
@@ -114,7 +114,7 @@ class Handover:
         self.control.close()
 
 
-async def start_keeper(path: str, memory: int, entry: int, window: str) -> Handover:
+async def start_keeper(path: str, memory: int, entry: int, window: str) -> Connection:
     """Starts a keeper, and it the core; the core ends with this process until it is left.
 
     Args:
@@ -130,11 +130,11 @@ async def start_keeper(path: str, memory: int, entry: int, window: str) -> Hando
     try:
         # Shielded: who is cancelled gets a core all the same, and can see to its end.
         with trio.CancelScope(shield=True):
-            handover = await _receive_hello(control, path)
+            connection = await _receive_hello(control, path)
     except BaseException:
         control.close()  # the keeper ends, and frees the path
         raise
-    return handover
+    return connection
 
 
 def _spawn_keeper(path: str, memory: int, entry: int, window: str) -> socket.socket:
@@ -179,11 +179,11 @@ def _spawn_keeper(path: str, memory: int, entry: int, window: str) -> socket.soc
         return control
 
 
-async def connect_keeper(path: str) -> tuple[Handover, Description, bytes]:
-    """Asks a keeper for its core. Until the core is taken, to close the handover changes nothing.
+async def connect_keeper(path: str) -> tuple[Connection, Description, bytes]:
+    """Asks a keeper for its core. Until the core is taken, to close the connection changes nothing.
 
     Returns:
-        The handover, and the description and the note that the last host left.
+        The connection, and the description and the note that the last host left.
 
     Raises:
         PlatformError: there is none, or it has another host, or it is none of ours.
@@ -207,25 +207,25 @@ async def connect_keeper(path: str) -> tuple[Handover, Description, bytes]:
             raise PlatformError(
                 f"the core at {path} belongs to user {owner}; this is user {os.geteuid()}"
             )
-        handover = await _receive_hello(control, path)
+        connection = await _receive_hello(control, path)
         failing.pop_all()
-        failing.callback(handover.close)
+        failing.callback(connection.close)
         try:
-            description, note = decode_description_untrusted(handover.left)
-            size = os.fstat(handover.memory).st_size
+            description, note = decode_description_untrusted(connection.left)
+            size = os.fstat(connection.memory).st_size
             if size != description.ram_size:
                 raise ValueError(f"RAM of {description.ram_size:#x} bytes in memory of {size:#x}")
         except ValueError as error:
             raise _not_ours(path, str(error)) from None
         failing.pop_all()
-        return handover, description, note
+        return connection, description, note
 
 
 def _not_ours(path: str, why: str) -> PlatformError:
     return PlatformError(f"what listens at {path} is no keeper of ours: {why}")
 
 
-async def _receive_hello(control: socket.socket, path: str) -> Handover:
+async def _receive_hello(control: socket.socket, path: str) -> Connection:
     """The keeper's first message, checked.
 
     Raises:
@@ -272,7 +272,7 @@ async def _receive_hello(control: socket.socket, path: str) -> Handover:
             raise _not_ours(path, str(error)) from None
         failing.pop_all()
         bell = socket.socket(fileno=doorbell)
-        return Handover(control, memory, bell, report, core, keeper, bool(number), body)
+        return Connection(control, memory, bell, report, core, keeper, bool(number), body)
 
 
 def _check_handed(memory: int, doorbell: int, report: int, pidfds: Sequence[int]) -> None:
@@ -371,7 +371,7 @@ def _unlink(path: str) -> None:
 class KeptCore(SignalledCore):
     """One life of a native core under a keeper, as far as this host is there for it.
 
-    Made by a NativePlatform: to boot a core, or with the handover of one that runs. Ends like a
+    Made by a NativePlatform: to boot a core, or with the connection of one that runs. Ends like a
     NativeCore unless it is left by `detach`: then the end of `run` is only the host's own.
 
     Attributes:
@@ -387,7 +387,7 @@ class KeptCore(SignalledCore):
         description: Description,
         ram: int,
         *,
-        handover: Handover | None = None,
+        connection: Connection | None = None,
         note: bytes = b"",
         left: Callable[[], None] = lambda: None,
     ) -> None:
@@ -397,7 +397,7 @@ class KeptCore(SignalledCore):
             memory: the RAM.
             description: of the core.
             ram: descriptor of the RAM, to boot from.
-            handover: of a core that runs; owned from now on.
+            connection: of a core that runs; owned from now on.
             note: what its last host left.
             left: called when the core was left running, and its memory is no longer ours.
         """
@@ -410,9 +410,9 @@ class KeptCore(SignalledCore):
         self._path = path
         self._description = description
         self._ram = ram
-        self._handover = handover
+        self._connection = connection
         self._on_left = left
-        self._owned = handover is None
+        self._owned = connection is None
         self._orders = 0
         self._answered = 0
         self._news = trio.Event()  # an order was answered, or the end
@@ -428,16 +428,16 @@ class KeptCore(SignalledCore):
         A core that ended while it had no host is taken over all the same, for its memory, and
         the error comes at once.
         """
-        attached = self._handover is not None
-        if self._handover is None:
+        attached = self._connection is not None
+        if self._connection is None:
             ram_da, size = self._description.ram_da, self._description.ram_size
             window = f"{ram_da:#x}:{size:#x}:0"
-            self._handover = await start_keeper(self._path, self._ram, self.entry, window)
-        handover = self._handover
-        self.doorbell = Doorbell(handover.doorbell)
+            self._connection = await start_keeper(self._path, self._ram, self.entry, window)
+        connection = self._connection
+        self.doorbell = Doorbell(connection.doorbell)
         try:
             with contextlib.suppress(ProcessLookupError):
-                self.pid = _pid_of(handover.core)
+                self.pid = _pid_of(connection.core)
             self._alive = True
             if attached:
                 self._order(_TAKE)
@@ -445,22 +445,22 @@ class KeptCore(SignalledCore):
             task_status.started()
             if attached:
                 notified()  # the last host may have heard kicks that were for us
-            status = await self._listen(handover, self.doorbell, notified)
+            status = await self._listen(connection, self.doorbell, notified)
             # What it wrote last may have come without a kick that was heard.
             notified()
             try:
-                self._judge(status, os.pread(handover.report, REPORT_SIZE, 0))
+                self._judge(status, os.pread(connection.report, REPORT_SIZE, 0))
             except CoreDiedError as error:
-                if handover.ended:
+                if connection.ended:
                     error.args = (f"{error}, while it had no host",)
                 raise
         finally:
             self._alive = False
             self._news.set()
-            self._handover = None
-            with contextlib.closing(handover):
+            self._connection = None
+            with contextlib.closing(connection):
                 if self._owned:
-                    await _end(handover)
+                    await _end(connection)
             if not self._owned:
                 self._on_left()
 
@@ -500,30 +500,30 @@ class KeptCore(SignalledCore):
         Returns:
             Whether there was one.
         """
-        if self._handover is None or self._alive:
+        if self._connection is None or self._alive:
             return False
-        self._handover.close()
-        self._handover = None
+        self._connection.close()
+        self._connection = None
         return True
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._handover is None or not self._alive:
+        if self._connection is None or not self._alive:
             raise ProcessLookupError
-        signal.pidfd_send_signal(self._handover.core, number)
+        signal.pidfd_send_signal(self._connection.core, number)
 
     def _stopped(self) -> bool:
-        if self._handover is None or not self._alive:
+        if self._connection is None or not self._alive:
             raise ProcessLookupError
-        return is_stopped(_pid_of(self._handover.core))
+        return is_stopped(_pid_of(self._connection.core))
 
     def _order(self, kind: int, body: bytes = b"") -> None:
         """Tells the keeper something. One that is gone shows in `run`."""
-        assert self._handover is not None, "run has begun"
+        assert self._connection is not None, "run has begun"
         with contextlib.suppress(OSError):
-            self._handover.control.send(_HEADER.pack(_VERSION, kind, self._orders) + body)
+            self._connection.control.send(_HEADER.pack(_VERSION, kind, self._orders) + body)
 
     async def _listen(
-        self, handover: Handover, doorbell: Doorbell, notified: Callable[[], None]
+        self, connection: Connection, doorbell: Doorbell, notified: Callable[[], None]
     ) -> int | None:
         """Hears the core and its keeper until one of them is gone.
 
@@ -534,11 +534,11 @@ class KeptCore(SignalledCore):
 
         async def hear(nursery: trio.Nursery) -> None:
             nonlocal status
-            status = await self._hear_keeper(handover.control)
+            status = await self._hear_keeper(connection.control)
             nursery.cancel_scope.cancel()
 
         async def watch(nursery: trio.Nursery) -> None:
-            await trio.lowlevel.wait_readable(handover.core)
+            await trio.lowlevel.wait_readable(connection.core)
             await trio.sleep(_END_GRACE)
             nursery.cancel_scope.cancel()
 
@@ -577,13 +577,13 @@ class KeptCore(SignalledCore):
         judge(returncode, report)
 
 
-async def _end(handover: Handover) -> None:
+async def _end(connection: Connection) -> None:
     """Ends the core, and with it its keeper. Bounded: neither need be what it should."""
     with trio.CancelScope(shield=True):
-        _kill(handover.core)
-        if not (await _ended(handover.core) and await _ended(handover.keeper)):
-            _kill(handover.keeper)
-            await _ended(handover.keeper)
+        _kill(connection.core)
+        if not (await _ended(connection.core) and await _ended(connection.keeper)):
+            _kill(connection.keeper)
+            await _ended(connection.keeper)
 
 
 def _kill(pidfd: int) -> None:

@@ -118,11 +118,11 @@ class NativePlatform(Platform):
                 "a native core is attached to at its rendezvous: NativePlatform(rendezvous=PATH)"
             )
         self._let_go()
-        handover, description, note = await connect_keeper(self._rendezvous)
+        connection, description, note = await connect_keeper(self._rendezvous)
         try:
-            shared = SharedMemory(os.dup(handover.memory), description.ram_size)
+            shared = SharedMemory(os.dup(connection.memory), description.ram_size)
         except (OSError, ValueError) as error:
-            handover.close()
+            connection.close()
             raise PlatformError(f"memory of the core at {self._rendezvous}: {error}") from error
         self._shared.close()
         self._use(shared, description.ram_da)
@@ -131,7 +131,7 @@ class NativePlatform(Platform):
             self.memory,
             description,
             shared.fd,
-            handover=handover,
+            connection=connection,
             note=note,
             left=self._renew,
         )

@@ -692,17 +692,17 @@ async def test_a_core_that_was_taken_back_ends_with_its_host_whatever_it_has_not
     platform = NativePlatform(rendezvous=path)
     view = platform.memory.regions[0].view
     view[: len(CODE)] = CODE
-    handover = await start_keeper(
+    connection = await start_keeper(
         str(path), platform._shared.fd, RAM_DA, f"{RAM_DA:#x}:{RAM_SIZE:#x}:0"
     )
-    core, (keeper,) = _pid_of(handover.core), _keepers(path)
-    handover.control.send(struct.pack("=HHI", 1, 2, 1) + RAM)
-    await trio.lowlevel.wait_readable(handover.control)  # the answer, which stays there
+    core, (keeper,) = _pid_of(connection.core), _keepers(path)
+    connection.control.send(struct.pack("=HHI", 1, 2, 1) + RAM)
+    await trio.lowlevel.wait_readable(connection.control)  # the answer, which stays there
     os.kill(keeper, signal.SIGSTOP)
     while not is_stopped(keeper):
         await trio.lowlevel.checkpoint()
-    handover.control.send(struct.pack("=HHI", 1, 1, 1))
-    handover.close()
+    connection.control.send(struct.pack("=HHI", 1, 1, 1))
+    connection.close()
     os.kill(keeper, signal.SIGCONT)
     await _gone(core, keeper)
     del view
