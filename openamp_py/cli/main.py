@@ -43,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _say(options: argparse.Namespace, error: Exception, code: int) -> int:
     logging.getLogger(__name__).debug("the error in full", exc_info=error)
-    print(f"openamp {options.command}: {error}", file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"openamp {options.command}: {text}", file=sys.stderr)
     return code
 
 
