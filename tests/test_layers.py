@@ -19,7 +19,6 @@ FLOORS = {
     "rpmsg.wire": 3,
     "rpmsg.addresses": 3,
     "rpmsg.batch": 3,
-    "rpmsg.name_service": 3,
     "rpmsg.options": 3,
     "rpmsg.polling": 3,
     "rpmsg.statistics": 3,
@@ -74,17 +73,9 @@ def _modules() -> dict[str, ast.Module]:
 
 
 def _imports(tree: ast.Module) -> set[str]:
-    """Modules imported at run time, a module for each name that is one."""
+    """Modules imported, also for types alone; a module for each name that is one."""
     found = set()
-    typing_only = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
     for node in ast.walk(tree):
-        if node in typing_only:
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -6,9 +6,9 @@ import errno
 import inspect
 import os
 import stat
-from collections.abc import AsyncIterable, Awaitable
+from collections.abc import AsyncIterable, Awaitable, Callable
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias, runtime_checkable
+from typing import Final, Protocol, TypeAlias, cast, runtime_checkable
 
 import trio
 
@@ -125,11 +125,8 @@ async def _read_file(file: BinaryFile) -> bytes:
             assert not isinstance(read, bytes), "a coroutine"
             piece = await read
         else:  # it may be a pipe that nobody writes to: a cancelled read is left to itself
-            piece = await trio.to_thread.run_sync(
-                file.read,  # type: ignore[arg-type]
-                _PIECE,
-                abandon_on_cancel=True,
-            )
+            read_now = cast("Callable[[int], bytes]", file.read)
+            piece = await trio.to_thread.run_sync(read_now, _PIECE, abandon_on_cancel=True)
         if not isinstance(piece, bytes):
             raise TypeError(f"the file gives {type(piece).__name__}: open it in binary mode")
         if not piece:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Self
 
@@ -240,8 +241,13 @@ class Endpoint:
                 self._waits += 1
                 await sender.wait_for_buffers(
                     self,
-                    lambda peer=destination: sender.send_batch(  # type: ignore[misc]
-                        self.address, peer, batch, self._count_sent, has_turn=True
+                    partial(
+                        sender.send_batch,
+                        self.address,
+                        destination,
+                        batch,
+                        self._count_sent,
+                        has_turn=True,
                     ),
                     peer=destination,
                 )

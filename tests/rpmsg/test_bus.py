@@ -14,6 +14,7 @@ import trio
 import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from links import NAME, make_table
 
 import openamp_py
 from openamp_py import (
@@ -29,17 +30,9 @@ from openamp_py import (
 )
 from openamp_py.constants import NAME_SERVICE_ADDRESS, RPMSG_F_NS, VIRTIO_RING_F_EVENT_IDX
 from openamp_py.platforms.demo import TABLE, python_firmware
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
 from openamp_py.rpmsg.name_service import ChannelRegistry
 from openamp_py.rpmsg.wire import Announcement, Channel, encode_announcement
 from openamp_py.virtio import Message, MessageRing
-
-NAME = "test-service"
-
-
-def _table(num: int = 256, features: int = RPMSG_F_NS) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, features, vrings=vrings),))
 
 
 async def _settle() -> None:
@@ -81,7 +74,7 @@ async def test_the_roles_are_the_devices(open_pair: Any) -> None:
 
 
 async def test_event_idx_is_used_when_the_remote_offers_it(open_pair: Any) -> None:
-    table = _table(num=4, features=RPMSG_F_NS | VIRTIO_RING_F_EVENT_IDX)
+    table = make_table(num=4, features=RPMSG_F_NS | VIRTIO_RING_F_EVENT_IDX)
     async with open_pair(table) as pair, _bound(pair) as (host, remote):
         assert pair.remote_device.features == RPMSG_F_NS | VIRTIO_RING_F_EVENT_IDX
         async with trio.open_nursery() as nursery:
@@ -163,7 +156,7 @@ async def test_a_peer_that_never_acknowledges_is_bound_by_its_first_message(open
 
 async def test_without_the_name_service_feature_nobody_announces(open_pair: Any) -> None:
     async with (
-        open_pair(_table(features=0)) as pair,
+        open_pair(make_table(features=0)) as pair,
         pair.remote.open_endpoint(NAME, address=7) as remote,
         pair.host.open_endpoint(NAME, destination=7) as host,
     ):
@@ -263,7 +256,7 @@ async def test_buffer_sizes_differ_per_direction(
     open_pair: Any, to_remote: int, to_host: int
 ) -> None:
     async with (
-        open_pair(_table(num=2), to_remote=to_remote, to_host=to_host) as pair,
+        open_pair(make_table(num=2), to_remote=to_remote, to_host=to_host) as pair,
         pair.remote.open_endpoint(address=5, destination=6) as remote,
         pair.host.open_endpoint(address=6, destination=5) as host,
     ):
@@ -276,7 +269,7 @@ async def test_buffer_sizes_differ_per_direction(
 
 
 async def test_a_full_ring_holds_senders_back_and_loses_nothing(open_pair: Any) -> None:
-    async with open_pair(_table(num=4)) as pair, _bound(pair, queue_limit=2) as (host, remote):
+    async with open_pair(make_table(num=4)) as pair, _bound(pair, queue_limit=2) as (host, remote):
         sent = 0
         with pytest.raises(trio.WouldBlock, match="no buffer"):
             for sent in range(100):
@@ -296,7 +289,7 @@ async def test_a_full_ring_holds_senders_back_and_loses_nothing(open_pair: Any) 
 
 async def test_both_sides_full_and_both_replying_do_not_deadlock(open_pair: Any) -> None:
     """open-amp#320, with two buffers each way."""
-    async with open_pair(_table(num=2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+    async with open_pair(make_table(num=2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
         handled = {host: 0, remote: 0}
         for endpoint in (host, remote):
             with pytest.raises(trio.WouldBlock):
@@ -336,7 +329,7 @@ async def test_an_endpoint_that_is_not_read_keeps_its_messages_until_it_is(open_
 async def test_closing_an_unread_endpoint_gives_its_buffers_back(
     open_pair: Any, autojump_clock: Any
 ) -> None:
-    async with open_pair(_table(num=4)) as pair:
+    async with open_pair(make_table(num=4)) as pair:
         async with _bound(pair, queue_limit=1) as (host, _remote):
             for _ in range(5):
                 host.send_nowait(b"unread")
@@ -423,7 +416,7 @@ async def test_an_endpoint_can_be_closed_while_a_task_receives(open_pair: Any) -
 
 async def test_two_who_close_an_endpoint_both_wait_for_the_withdrawal(open_pair: Any) -> None:
     async with (
-        open_pair(_table(num=4)) as pair,
+        open_pair(make_table(num=4)) as pair,
         _bound(pair) as (host, remote),
         pair.remote.open_endpoint(address=77, queue_limit=1) as unread,
     ):
@@ -474,7 +467,7 @@ async def test_a_cancelled_receive_loses_no_message(open_pair: Any) -> None:
 
 
 async def test_a_cancelled_send_sends_nothing_and_passes_its_turn_on(open_pair: Any) -> None:
-    async with open_pair(_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+    async with open_pair(make_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, remote):
         for payload in (b"1", b"2"):
             await host.send(payload)
             await _settle()
@@ -492,7 +485,7 @@ async def test_a_cancelled_send_sends_nothing_and_passes_its_turn_on(open_pair: 
 
 
 async def test_the_end_of_the_remote_wakes_everyone_with_the_cause(open_pair: Any) -> None:
-    async with open_pair(_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, _remote):
+    async with open_pair(make_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, _remote):
         for _ in range(2):
             await host.send(b"fill")
             await _settle()
@@ -529,7 +522,7 @@ async def test_what_was_sent_before_the_end_is_still_received(open_pair: Any) ->
 
 async def test_what_was_sent_before_a_fault_is_still_received(open_pair: Any) -> None:
     """An impossible chain in the same batch."""
-    async with open_pair(_table(num=8)) as pair, _bound(pair) as (host, remote):
+    async with open_pair(make_table(num=8)) as pair, _bound(pair) as (host, remote):
         await _settle()
         for number in range(3):
             pair.remote._sending.send(remote.address, host.address, bytes((number,)))
@@ -558,7 +551,7 @@ def _cannot_kick(device: openamp_py.VirtioDevice) -> Iterator[None]:
 async def test_a_failing_kick_for_returned_buffers_ends_the_link_after_what_came(
     open_pair: Any,
 ) -> None:
-    async with open_pair(_table(num=8)) as pair, _bound(pair) as (host, remote):
+    async with open_pair(make_table(num=8)) as pair, _bound(pair) as (host, remote):
         await _settle()
         received: list[bytes] = []
 
@@ -746,7 +739,7 @@ async def test_a_reset_by_the_host_is_seen_by_the_remote(open_pair: Any) -> None
 
 
 async def test_closing_an_endpoint_wakes_who_sends_on_it(open_pair: Any) -> None:
-    async with open_pair(_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, _remote):
+    async with open_pair(make_table(num=1)) as pair, _bound(pair, queue_limit=1) as (host, _remote):
         for _ in range(2):
             await host.send(b"fill")
             await _settle()

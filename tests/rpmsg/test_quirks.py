@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from links import NAME, make_table, open_linked, settle
 
 from openamp_py import (
     BusOptions,
     Channel,
     Drops,
-    Endpoint,
     Link,
     LoopbackPlatform,
     VirtioDevice,
@@ -24,32 +23,8 @@ from openamp_py import (
 )
 from openamp_py.constants import RPMSG_F_NS, VIRTIO_RING_F_EVENT_IDX
 from openamp_py.platforms.demo import python_firmware
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
 
-NAME = "test-service"
 RECHECK = 0.25
-
-
-def _table(num: int = 256, features: int = RPMSG_F_NS) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, features, vrings=vrings),))
-
-
-async def _settle() -> None:
-    """Lets both sides handle what is under way: a bus looks when it is idle for the second time."""
-    for _ in range(3):
-        await trio.testing.wait_all_tasks_blocked()
-
-
-@asynccontextmanager
-async def _linked(pair: Any, **options: Any) -> AsyncIterator[tuple[Endpoint, Endpoint]]:
-    """An endpoint on each side, at agreed addresses."""
-    async with (
-        pair.host.open_endpoint(address=5, destination=6, **options) as host,
-        pair.remote.open_endpoint(address=6, destination=5, **options) as remote,
-    ):
-        await _settle()
-        yield host, remote
 
 
 class _Kicks:
@@ -94,16 +69,16 @@ async def test_every_message_and_every_returned_buffer_is_kicked_for(open_pair: 
     options = BusOptions(always_kick=True)
     async with (
         open_pair(options=options) as pair,
-        _linked(pair) as (host, remote),
+        open_linked(pair) as (host, remote),
     ):
         kicks = _Kicks(pair.host_device)
 
         async def expect(count: int) -> None:
             assert kicks.sent == count
             kicks.sent = 0
-            await _settle()
+            await settle()
             await remote.receive_many()
-            await _settle()
+            await settle()
             kicks.sent = 0
 
         await host.send(b"x")
@@ -126,13 +101,16 @@ async def test_every_message_and_every_returned_buffer_is_kicked_for(open_pair: 
             reservation.discard()
         assert kicks.sent == 0
         await remote.send(b"x")
-        await _settle()
+        await settle()
         assert kicks.sent == 1, "one buffer went back"
         assert (await host.receive()).payload == b"x"
 
 
 async def test_kicks_that_nobody_wanted_count_as_sent(open_pair: Any) -> None:
-    async with open_pair(options=BusOptions(always_kick=True)) as pair, _linked(pair) as (host, _):
+    async with (
+        open_pair(options=BusOptions(always_kick=True)) as pair,
+        open_linked(pair) as (host, _),
+    ):
         kicks = _Kicks(pair.host_device)
         before = pair.host.statistics
         pair.remote._receiving.queue.notify_off()
@@ -146,11 +124,11 @@ async def test_kicks_that_nobody_wanted_count_as_sent(open_pair: Any) -> None:
 async def test_held_buffers_are_kicked_for_when_they_go_back(open_pair: Any) -> None:
     async with (
         open_pair(options=BusOptions(always_kick=True)) as pair,
-        _linked(pair, in_place=True) as (host, remote),
+        open_linked(pair, in_place=True) as (host, remote),
     ):
         await remote.send(b"x")
         held = await host.hold()
-        await _settle()
+        await settle()
         kicks = _Kicks(pair.host_device)
         held.release()
         assert kicks.sent == 1
@@ -160,22 +138,22 @@ async def test_held_buffers_are_kicked_for_when_they_go_back(open_pair: Any) -> 
 async def test_without_it_the_peers_wish_counts(open_pair: Any, event_idx: bool) -> None:
     features = RPMSG_F_NS | (VIRTIO_RING_F_EVENT_IDX if event_idx else 0)
     async with (
-        open_pair(_table(features=features)) as pair,
-        _linked(pair) as (host, remote),
+        open_pair(make_table(features=features)) as pair,
+        open_linked(pair) as (host, remote),
     ):
         kicks = _Kicks(pair.host_device)
         for _ in range(50):
             host.send_nowait(b"x")
         # It asked once, and has not looked since.
         assert kicks.sent <= 1 + (not event_idx) * 49
-        await _settle()
+        await settle()
         assert len(await remote.receive_many()) == 50
 
 
 async def test_all_works_the_same_with_it(open_pair: Any) -> None:
     async with (
-        open_pair(_table(2), options=BusOptions(always_kick=True)) as pair,
-        _linked(pair, queue_limit=1) as (host, remote),
+        open_pair(make_table(2), options=BusOptions(always_kick=True)) as pair,
+        open_linked(pair, queue_limit=1) as (host, remote),
         trio.open_nursery() as nursery,
     ):
         payloads = [bytes((number,)) for number in range(100)]
@@ -196,12 +174,12 @@ async def test_a_peer_that_lies_about_its_wish_is_reached(open_pair: Any) -> Non
     """It says that it wants no kicks, and sleeps all the same."""
     for always_kick in (False, True):
         options = BusOptions(always_kick=always_kick)
-        async with open_pair(options=options) as pair, _linked(pair) as (host, remote):
+        async with open_pair(options=options) as pair, open_linked(pair) as (host, remote):
             # What trio does for both buses in one thread, this peer does not get.
             with _Deaf(pair.remote):
                 pair.remote._receiving.queue.notify_off()
                 await host.send(b"x")
-                await _settle()
+                await settle()
                 assert remote.statistics.queued == always_kick
 
 
@@ -217,7 +195,7 @@ async def test_a_message_whose_kick_was_lost_is_found(
     for lost, recheck in ((False, None), (True, None), (True, RECHECK)):
         async with (
             open_pair(options=BusOptions(recheck=recheck)) as pair,
-            _linked(pair) as ends,
+            open_linked(pair) as ends,
         ):
             sender, receiver = ends[::-1] if to_host else ends
             device = pair.remote_device if to_host else pair.host_device
@@ -229,7 +207,7 @@ async def test_a_message_whose_kick_was_lost_is_found(
                 with trio.move_on_after(60):
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(receiver.receive)
-                        await _settle()
+                        await settle()
                         bus._ask_for_kicks()
                         await sender.send(b"lost?")
                 waited = trio.current_time() - begin
@@ -244,13 +222,13 @@ async def test_a_free_buffer_whose_kick_was_lost_is_found(
     """Acceptance scenario 6 (linux-xlnx#51): the kick for returned buffers is lost."""
     for lost, recheck in ((False, None), (True, None), (True, RECHECK)):
         async with (
-            open_pair(_table(2), options=BusOptions(recheck=recheck, patience=1e9)) as pair,
-            _linked(pair, queue_limit=1) as (host, remote),
+            open_pair(make_table(2), options=BusOptions(recheck=recheck, patience=1e9)) as pair,
+            open_linked(pair, queue_limit=1) as (host, remote),
         ):
             with pytest.raises(trio.WouldBlock):
                 while True:
                     host.send_nowait(b"fill")
-                    await _settle()
+                    await settle()
             kicks = _Kicks(pair.remote_device)
             kicks.lost = lost
             with _Deaf(pair.host):
@@ -258,7 +236,7 @@ async def test_a_free_buffer_whose_kick_was_lost_is_found(
                 with trio.move_on_after(60):
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(host.send, b"waits")
-                        await _settle()
+                        await settle()
                         pair.host._ask_for_kicks()
                         await remote.receive_many()
                 waited = trio.current_time() - begin
@@ -283,7 +261,7 @@ async def test_an_announcement_whose_kick_was_lost_is_found(
 async def test_a_reset_whose_kick_was_lost_is_found(open_pair: Any, autojump_clock: Any) -> None:
     async with (
         open_pair(options=BusOptions(recheck=RECHECK)) as pair,
-        _linked(pair) as (_, remote),
+        open_linked(pair) as (_, remote),
     ):
         _Kicks(pair.host_device).lost = True
         with _Deaf(pair.remote):
@@ -298,7 +276,7 @@ async def test_a_reset_whose_kick_was_lost_is_found(open_pair: Any, autojump_clo
 async def test_rechecking_is_not_done_oftener_than_asked(
     open_pair: Any, autojump_clock: Any
 ) -> None:
-    async with open_pair(options=BusOptions(recheck=RECHECK)) as pair, _linked(pair):
+    async with open_pair(options=BusOptions(recheck=RECHECK)) as pair, open_linked(pair):
         looks = 0
         drain = pair.host.drain
 
@@ -315,7 +293,10 @@ async def test_rechecking_is_not_done_oftener_than_asked(
 
 
 async def test_a_failed_bus_is_rechecked_without_harm(open_pair: Any, autojump_clock: Any) -> None:
-    async with open_pair(options=BusOptions(recheck=RECHECK)) as pair, _linked(pair) as (host, _):
+    async with (
+        open_pair(options=BusOptions(recheck=RECHECK)) as pair,
+        open_linked(pair) as (host, _),
+    ):
         pair.host_device.end()
         await trio.sleep(3 * RECHECK)
         with pytest.raises(trio.BrokenResourceError):
@@ -338,18 +319,18 @@ def test_a_recheck_that_cannot_be(recheck: float) -> None:
 @pytest.mark.parametrize("to_host", [False, True])
 async def test_spurious_kicks_do_nothing(open_pair: Any, to_host: bool) -> None:
     """Acceptance scenario 6 (OA#117): spurious."""
-    async with open_pair() as pair, _linked(pair) as (host, remote):
+    async with open_pair() as pair, open_linked(pair) as (host, remote):
         bus = pair.host if to_host else pair.remote
         device = pair.remote_device if to_host else pair.host_device
         before = bus.statistics
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.receive)
             nursery.start_soon(remote.receive)
-            await _settle()
+            await settle()
             for notify_id in (0, 1, 2, 3, 0xFFFF_FFFF):
                 for _ in range(20):
                     device._kick(notify_id)
-                    await _settle()
+                    await settle()
             after = bus.statistics
             assert after.kicks_received == before.kicks_received + 100
             assert (after.received, after.drops, bus.failure) == (before.received, Drops(), None)
@@ -370,7 +351,7 @@ async def test_kicks_before_anything_was_sent() -> None:
         async with open_resources(link) as resources:
             for _ in range(5):
                 resources.rpmsg_device().kick(0)
-                await _settle()
+                await settle()
             async with (
                 open_bus(resources.rpmsg_device()) as bus,
                 bus.open_endpoint(NAME) as endpoint,
@@ -384,7 +365,7 @@ async def test_kicks_before_anything_was_sent() -> None:
         for _ in range(5):
             device.kick(0)
             device.kick(1)
-            await _settle()
+            await settle()
         await began.wait()
         async with open_bus(device) as bus, bus.open_endpoint(NAME) as endpoint:
             with trio.fail_after(5):

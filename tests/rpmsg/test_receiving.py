@@ -16,6 +16,7 @@ import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from links import NAME, make_table, settle
 
 from openamp_py import (
     Bus,
@@ -36,20 +37,6 @@ from openamp_py import (
 )
 from openamp_py.constants import RPMSG_F_NS
 from openamp_py.platforms.demo import python_firmware
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
-
-NAME = "test-service"
-
-
-def _table(num: int = 256) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, RPMSG_F_NS, vrings=vrings),))
-
-
-async def _settle() -> None:
-    """Lets both sides handle what is under way: a bus looks when it is idle for the second time."""
-    for _ in range(3):
-        await trio.testing.wait_all_tasks_blocked()
 
 
 @asynccontextmanager
@@ -61,14 +48,14 @@ async def _bound(pair: Any, **options: Any) -> AsyncIterator[tuple[Endpoint, End
     ):
         await host.wait_bound()
         await remote.wait_bound()
-        await _settle()  # the buffers of the announcements are back
+        await settle()  # the buffers of the announcements are back
         yield host, remote
 
 
 async def _numbers(sender: Endpoint, count: int) -> None:
     for number in range(count):
         await sender.send(bytes((number,)))
-    await _settle()
+    await settle()
 
 
 def _first(messages: list[Message]) -> list[int]:
@@ -77,16 +64,16 @@ def _first(messages: list[Message]) -> list[int]:
 
 async def _circulates(sender: Endpoint, receiver: Endpoint, num: int) -> None:
     """All buffers of one direction can be had: none is lost."""
-    await _settle()
+    await settle()
     for _ in range(2):
         for number in range(num):
             sender.send_nowait(bytes((number,)))
         with pytest.raises(trio.WouldBlock):
             sender.send_nowait(b"one too many")
-        await _settle()
+        await settle()
         for number in range(num):
             assert receiver.receive_nowait().payload == bytes((number,))
-        await _settle()
+        await settle()
 
 
 # Batches
@@ -117,7 +104,7 @@ async def test_receive_many_waits_for_the_first(open_pair: Any) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive)
-            await _settle()
+            await settle()
             assert batches == []
             for call in (remote.receive_many, remote.receive):
                 with pytest.raises(trio.BusyResourceError), trio.fail_after(5):
@@ -127,7 +114,7 @@ async def test_receive_many_waits_for_the_first(open_pair: Any) -> None:
 
 
 async def test_receive_many_of_one_that_holds_back_lets_the_peer_go_on(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.send_many, [bytes((n,)) for n in range(50)])
             received: list[int] = []
@@ -157,7 +144,7 @@ async def test_a_cancelled_receive_loses_nothing(open_pair: Any) -> None:
         for call in (remote.receive, remote.receive_many, remote.hold):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(call)
-                await _settle()
+                await settle()
                 nursery.cancel_scope.cancel()
             await _numbers(host, 3)
             with trio.CancelScope() as scope:
@@ -212,16 +199,16 @@ async def test_serve_begins_in_order_and_runs_so_many_at_once(open_pair: Any) ->
             await _numbers(host, 8)
             assert begun == [0, 1, 2]
             gates[1].set()
-            await _settle()
+            await settle()
             assert begun == [0, 1, 2, 3]
             gates[3].set()
             gates[0].set()
-            await _settle()
+            await settle()
             assert begun == [0, 1, 2, 3, 4, 5]
             assert ended[0] == 1 and sorted(ended) == [0, 1, 3]
             for gate in gates:
                 gate.set()
-            await _settle()
+            await settle()
             assert begun == list(range(8)) and sorted(ended) == begun
             remote.close()
 
@@ -272,7 +259,7 @@ async def test_an_endpoint_closed_inside_its_own_handler(
             await remote.serve(handle, concurrency=concurrency)
             await remote.serve(handle, concurrency=concurrency)
         assert handled[0] == 0
-        await _settle()
+        await settle()
         assert host.is_withdrawn == graceful
         async with pair.remote.open_endpoint(NAME, address=remote.address):
             pass
@@ -311,7 +298,7 @@ async def test_serve_ends_with_the_cause_when_the_peer_is_gone(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
-            await _settle()
+            await settle()
             pair.host_device.fail(cause)
 
 
@@ -322,7 +309,7 @@ async def test_a_second_server_is_refused(open_pair: Any) -> None:
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(remote.serve, _ignore)
-        await _settle()
+        await settle()
         for concurrency in (1, 2):
             with pytest.raises(trio.BusyResourceError), trio.fail_after(5):
                 await remote.serve(_ignore, concurrency=concurrency)
@@ -340,26 +327,26 @@ async def test_a_second_reader_does_not_take_what_the_first_is_woken_for(
             received.append(await remote.receive())
 
         nursery.start_soon(receive)
-        await _settle()
+        await settle()
         host.send_nowait(b"x")
         assert pair.remote.drain()
         pair.remote.slice_end = math.inf  # or the first may be done before
         with pytest.raises(trio.BusyResourceError):
             await call(remote)
-        await _settle()
+        await settle()
         assert received == [(b"x", host.address)]
 
 
 @pytest.mark.parametrize("concurrency", [1, 4])
 async def test_both_sides_full_and_handlers_that_reply(open_pair: Any, concurrency: int) -> None:
     """Acceptance scenario 1 (OA#320): two buffers each way."""
-    async with open_pair(_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
         handled = {host: 0, remote: 0}
         for endpoint in (host, remote):
             with pytest.raises(trio.WouldBlock):
                 while True:
                     endpoint.send_nowait(b"fill")
-                    await _settle()
+                    await settle()
 
         with trio.fail_after(20):
             async with trio.open_nursery() as nursery:
@@ -397,14 +384,14 @@ async def test_serve_that_is_cancelled_leaves_nothing_behind(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
-            await _settle()
+            await settle()
             nursery.cancel_scope.cancel()
         assert remote.statistics.queued == 3 - concurrency
 
 
 async def test_the_end_of_the_peer_is_one_error_also_where_handlers_send(open_pair: Any) -> None:
     cause = PeerGoneError("gone")
-    async with open_pair(_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
 
         async def handle(_: Message) -> None:
             while True:
@@ -418,7 +405,7 @@ async def test_the_end_of_the_peer_is_one_error_also_where_handlers_send(open_pa
         await remote.send_many([b"1", b"2"])
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve)
-            await _settle()
+            await settle()
             pair.host_device.fail(cause)
 
 
@@ -446,7 +433,7 @@ async def test_holding_lets_other_tasks_run(open_pair: Any) -> None:
 
 async def test_five_endpoints_both_ways(open_pair: Any) -> None:
     """Acceptance scenario 9 (OA#217, RL#63), the short form; `openamp bench soak` is the long."""
-    async with open_pair(_table(8)) as pair, trio.open_nursery() as nursery:
+    async with open_pair(make_table(8)) as pair, trio.open_nursery() as nursery:
         done = 0
         payloads = [number.to_bytes(2, "little") for number in range(400)]
 
@@ -473,11 +460,11 @@ async def test_five_endpoints_both_ways(open_pair: Any) -> None:
         for address in range(60, 65):
             nursery.start_soon(use, pair.host, address)
             nursery.start_soon(use, pair.remote, address)
-        await _settle()
+        await settle()
         barrier.set()
         with trio.fail_after(20):
             while done < 10:
-                await _settle()
+                await settle()
         nursery.cancel_scope.cancel()
     assert pair.host.drops == pair.remote.drops == Drops()
 
@@ -514,7 +501,7 @@ async def test_the_view_shows_shared_memory(open_pair: Any) -> None:
 
 
 async def test_an_in_place_endpoint_can_also_receive(open_pair: Any) -> None:
-    async with open_pair(_table(4)) as pair, _bound(pair, in_place=True) as (host, remote):
+    async with open_pair(make_table(4)) as pair, _bound(pair, in_place=True) as (host, remote):
         await host.send_many([b"a", b"b", b"c", b"d"])
         assert await remote.receive() == (b"a", host.address)
         with remote.hold_nowait() as held:
@@ -538,7 +525,7 @@ async def test_only_in_place_endpoints_hold(open_pair: Any) -> None:
 
 
 async def test_releasing_twice_is_an_error_but_harmless(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair, _bound(pair, in_place=True) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair, in_place=True) as (host, remote):
         for _ in range(5):
             await host.send(b"x")
             held = await remote.hold()
@@ -555,7 +542,7 @@ async def test_releasing_twice_is_an_error_but_harmless(open_pair: Any) -> None:
 async def test_all_buffers_held_and_released_in_any_order(open_pair: Any, side: str) -> None:
     """Acceptance scenario 5 (OA#162)."""
     chance = random.Random(162)
-    async with open_pair(_table(8)) as pair, _bound(pair, in_place=True) as ends:
+    async with open_pair(make_table(8)) as pair, _bound(pair, in_place=True) as ends:
         sender, receiver = ends if side == "remote" else ends[::-1]
         bus = pair.remote if side == "remote" else pair.host
         for turn in range(20):
@@ -563,7 +550,7 @@ async def test_all_buffers_held_and_released_in_any_order(open_pair: Any, side: 
                 sender.send_nowait(bytes((turn, number)))
             with pytest.raises(trio.WouldBlock):
                 sender.send_nowait(b"one too many")
-            await _settle()
+            await settle()
             assert (receiver.statistics.queued, receiver.statistics.held) == (8, 8)
             held = [receiver.hold_nowait() for _ in range(8)]
             assert (receiver.statistics.queued, receiver.statistics.held) == (0, 0)
@@ -573,26 +560,26 @@ async def test_all_buffers_held_and_released_in_any_order(open_pair: Any, side: 
                 assert each.view[0] == turn
                 each.release()
                 assert bus.statistics.held == left
-            await _settle()
+            await settle()
         await _circulates(sender, receiver, 8)
 
 
 async def test_each_release_lets_the_peer_send_one(open_pair: Any) -> None:
-    async with open_pair(_table(4)) as pair, _bound(pair, in_place=True) as (host, remote):
+    async with open_pair(make_table(4)) as pair, _bound(pair, in_place=True) as (host, remote):
         await _numbers(host, 4)
         held = [remote.hold_nowait() for _ in range(4)]
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.send_many, [b"w"] * 4)
             for count, each in enumerate(reversed(held), 1):
-                await _settle()
+                await settle()
                 each.release()
-                await _settle()
+                await settle()
                 assert host.statistics.sent == 4 + count
         assert [m.payload for m in await remote.receive_many()] == [b"w"] * 4
 
 
 async def test_a_held_message_outlives_its_endpoint(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair:
+    async with open_pair(make_table(2)) as pair:
         async with _bound(pair, in_place=True) as (host, remote):
             await host.send_many([b"hold me", b"queued"])
             held = await remote.hold()
@@ -633,7 +620,7 @@ async def test_a_held_message_can_be_read_after_a_reset(open_pair: Any) -> None:
         await host.send_many([b"held", b"queued"])
         held = await remote.hold()
         pair.host_device.end()
-        await _settle()
+        await settle()
         assert bytes(held.view) == b"held"
         assert (await remote.receive()).payload == b"queued"
         with pytest.raises(trio.BrokenResourceError):
@@ -656,7 +643,7 @@ async def test_releasing_after_the_peer_is_gone_says_so(open_pair: Any) -> None:
 
 async def test_a_view_that_is_still_looked_at(open_pair: Any) -> None:
     """As numpy.frombuffer or struct.iter_unpack do: neither release nor closing fails."""
-    async with open_pair(_table(2)) as pair, _bound(pair, in_place=True) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair, in_place=True) as (host, remote):
         for _ in range(4):
             await host.send(b"abcdefgh")
             held = await remote.hold()
@@ -664,7 +651,7 @@ async def test_a_view_that_is_still_looked_at(open_pair: Any) -> None:
             held.release()
             assert pair.remote.statistics.held == 0
             del numbers
-            await _settle()
+            await settle()
         await remote.send(b"abcdefgh")
         held = await host.hold()
         numbers = struct.iter_unpack("<I", held.view)
@@ -682,14 +669,14 @@ async def test_waiting_to_hold_ends_with_the_endpoint(open_pair: Any) -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hold)
-            await _settle()
+            await settle()
             with pytest.raises(trio.BusyResourceError), trio.fail_after(5):
                 await remote.hold()
             remote.close()
 
 
 async def test_a_closed_in_place_endpoint_gives_its_buffers_back(open_pair: Any) -> None:
-    async with open_pair(_table(4)) as pair:
+    async with open_pair(make_table(4)) as pair:
         async with _bound(pair, in_place=True) as (host, remote):
             await _numbers(host, 4)
             assert pair.remote.statistics.held == 4
@@ -761,7 +748,7 @@ async def _cut(num: int, **options: Any) -> AsyncIterator[tuple[_Cutter, Bus, En
             await trio.sleep_forever()
 
     async with open_processor(LoopbackPlatform(application)) as processor:
-        await processor.boot(python_firmware(_table(num)))
+        await processor.boot(python_firmware(make_table(num)))
         driver = _Cutter(processor.rpmsg_device())
         yield driver, *await receive.receive()
 
@@ -775,14 +762,14 @@ async def test_a_message_in_several_descriptors_is_held_as_a_copy() -> None:
                 assert message.view.readonly
                 assert (bytes(message.view), message.source) == (b"cut in two %2d" % number, 9)
             assert bus.statistics.held == 0
-            await _settle()
+            await settle()
 
 
 async def _fill_cut(driver: _Cutter) -> int:
     for count in range(100):
         if not driver.send(b"cut in two"):
             return count
-        await _settle()
+        await settle()
     raise AssertionError("there is no bound")
 
 
@@ -802,11 +789,11 @@ async def test_copies_of_messages_in_several_descriptors_keep_their_buffers_too(
         else:
             taken = len(await endpoint.receive_many(3))
         assert bus.statistics.held == 4 - taken
-        await _settle()
+        await settle()
         assert await _fill_cut(driver) == taken
         endpoint.close()
         assert bus.statistics.held == 0
-        await _settle()
+        await settle()
 
 
 @pytest.mark.parametrize("when_full", [WhenFull.DROP_OLDEST, WhenFull.DROP_NEWEST])
@@ -814,7 +801,7 @@ async def test_copies_that_are_dropped_give_their_buffers_back(when_full: WhenFu
     async with _cut(8, queue_limit=2, when_full=when_full) as (driver, bus, endpoint):
         for _ in range(50):
             assert driver.send(b"cut in two")
-            await _settle()
+            await settle()
         assert (endpoint.statistics.queued, bus.statistics.held) == (2, 2)
         assert bus.drops == Drops(full=48)
 
@@ -827,7 +814,7 @@ async def test_copies_of_one_that_is_not_read_are_given_up(autojump_clock: Any) 
         assert bus.drops == Drops(unread=4)
         for _ in range(20):
             assert driver.send(b"cut in two")
-            await _settle()
+            await settle()
         assert bus.drops == Drops(unread=24)
 
 
@@ -857,7 +844,7 @@ def test_any_sequence_of_receiving_keeps_the_counts(
     """sent == received + queued, nothing is dropped, and in the end all buffers circulate."""
 
     async def main() -> None:
-        async with open_pair(_table(4)) as pair:
+        async with open_pair(make_table(4)) as pair:
             bus = pair.host if to_host else pair.remote
             async with _bound(pair, in_place=in_place, queue_limit=limit) as ends:
                 receiver, sender = ends if to_host else ends[::-1]
@@ -888,7 +875,7 @@ def test_any_sequence_of_receiving_keeps_the_counts(
                         elif step == "release" and held:
                             held.pop(number % len(held)).release()
                         else:
-                            await _settle()
+                            await settle()
                     except trio.WouldBlock:
                         pass
                     statistics = receiver.statistics
@@ -898,10 +885,10 @@ def test_any_sequence_of_receiving_keeps_the_counts(
                         assert statistics.held == statistics.queued
                 for each in held:
                     each.release()
-                await _settle()
+                await settle()
                 while taken < sent:
                     check([receiver.receive_nowait().payload])
-                    await _settle()
+                    await settle()
                 assert sender.statistics.sent == receiver.statistics.received == sent
                 assert receiver.statistics.dropped == 0
                 assert bus.statistics.held == 0

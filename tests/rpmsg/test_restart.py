@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from links import NAME, make_table, settle
 
 from openamp_py import (
     ECHO_CHANNEL,
@@ -40,22 +41,9 @@ from openamp_py import (
 )
 from openamp_py.constants import RPMSG_F_NS
 from openamp_py.platforms.demo import python_firmware
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
+from openamp_py.remoteproc.resource_table import ResourceTable, Vdev
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 from openamp_py.session import Session
-
-NAME = "test-service"
-
-
-def _table(num: int = 256, features: int = RPMSG_F_NS) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, features, vrings=vrings),))
-
-
-async def _settle() -> None:
-    """Lets both sides handle what is under way: a bus looks when it is idle for the second time."""
-    for _ in range(3):
-        await trio.testing.wait_all_tasks_blocked()
 
 
 class _Crash(Exception):
@@ -66,7 +54,7 @@ class _Remote:
     """A remote that can be crashed and booted again, and the host's bus to it."""
 
     def __init__(self, num: int, options: BusOptions, features: int = RPMSG_F_NS) -> None:
-        self.firmware = python_firmware(_table(num, features))
+        self.firmware = python_firmware(make_table(num, features))
         self._options = options
         self._send, self._receive = trio.open_memory_channel[tuple[Bus, trio.Event]](100)
         self.bus: Bus
@@ -125,18 +113,18 @@ async def _fill(endpoint: Endpoint) -> int:
         except trio.WouldBlock:
             return count
         count += 1
-        await _settle()
+        await settle()
 
 
 async def _circulates(remote: _Remote, num: int) -> None:
     """All buffers of both directions can be had: none is lost."""
-    await _settle()
+    await settle()
     for one, other in ((remote.host, remote.bus), (remote.bus, remote.host)):
         async with (
             one.open_endpoint(destination=900) as sender,
             other.open_endpoint(address=900) as receiver,
         ):
-            await _settle()
+            await settle()
             for _ in range(3):
                 for number in range(num):
                     sender.send_nowait(bytes((number,)))
@@ -144,7 +132,7 @@ async def _circulates(remote: _Remote, num: int) -> None:
                     sender.send_nowait(b"one too many")
                 for number in range(num):
                     assert (await receiver.receive()).payload == bytes((number,))
-                await _settle()
+                await settle()
 
 
 # Going on
@@ -182,11 +170,11 @@ async def test_what_is_announced_again_is_seen_by_the_new_peer() -> None:
         remote.host.open_endpoint("four", address=8, rebind=True),
     ):
         await remote.restart()
-        await _settle()
+        await settle()
         assert remote.bus.channels == (Channel("one", one.address), Channel("four", 8))
         one.close()
         async with remote.host.open_endpoint("five"):
-            await _settle()
+            await settle()
             assert remote.bus.channels[-1].name == "five"
 
 
@@ -194,9 +182,9 @@ async def test_one_that_was_told_anew_withdraws_at_its_end() -> None:
     async with _remote() as remote:
         async with remote.host.open_endpoint(NAME, rebind=True):
             await remote.restart()
-            await _settle()
+            await settle()
             assert len(remote.bus.channels) == 1
-        await _settle()
+        await settle()
         assert not remote.bus.channels
         assert remote.bus.drops == Drops()
 
@@ -210,10 +198,10 @@ async def test_more_announcements_than_buffers() -> None:
 
         for number in range(9):
             nursery.start_soon(hold_open, number)
-        await _settle()
+        await settle()
         await remote.restart()
         for _ in range(9):
-            await _settle()
+            await settle()
         assert len(remote.bus.channels) == 9
         nursery.cancel_scope.cancel()
 
@@ -228,10 +216,10 @@ async def test_an_announcement_that_does_not_fit_is_dropped(
         remote.host.open_endpoint("one", rebind=True),
         remote.host.open_endpoint("two", rebind=True),
     ):
-        remote.firmware = python_firmware(_table(4))
+        remote.firmware = python_firmware(make_table(4))
         with trio.fail_after(5), caplog.at_level(logging.WARNING, "openamp_py.rpmsg.bus"):
             await remote.restart()
-            await _settle()  # never, where it is tried again and again
+            await settle()  # never, where it is tried again and again
         assert not remote.host._name_service.replies
         assert [record.getMessage() for record in caplog.records].count(
             "<Endpoint one 0x400 -> not bound> cannot be announced: "
@@ -303,7 +291,7 @@ async def test_the_remote_goes_on_too(times: int) -> None:
 
     async with open_processor(LoopbackPlatform(application)) as processor:
         await processor.boot(python_firmware())
-        await _settle()
+        await settle()
         async with (
             open_bus(processor.rpmsg_device()) as host_bus,
             host_bus.open_endpoint(NAME, rebind=True) as host,
@@ -317,10 +305,10 @@ async def test_the_remote_goes_on_too(times: int) -> None:
                 with pytest.raises(trio.BrokenResourceError):
                     await host.receive()
                 await processor.boot(python_firmware())
-                await _settle()
+                await settle()
                 async with open_resources(links[-1]) as resources, trio.open_nursery() as nursery:
                     nursery.start_soon(bus.restart, resources.rpmsg_device())
-                    await _settle()
+                    await settle()
                     await host_bus.restart(processor.rpmsg_device())
                     with trio.fail_after(5):
                         await endpoint.wait_bound()
@@ -394,7 +382,7 @@ async def test_everyone_who_waits_wakes_at_once_with_the_reason(how: str, rebind
         remote.bus.open_endpoint(NAME, queue_limit=1),
     ):
         await host.wait_bound()
-        await _settle()
+        await settle()
         assert await _fill(host) == 2
         errors: dict[str, BaseException] = {}
 
@@ -412,18 +400,18 @@ async def test_everyone_who_waits_wakes_at_once_with_the_reason(how: str, rebind
         async with trio.open_nursery() as nursery:
             for what, call in calls.items():
                 nursery.start_soon(fails, what, call)
-            await _settle()
+            await settle()
             assert errors == {}
             with trio.fail_after(5):
                 if how == "crash":
                     remote.processor.rpmsg_device().fail(CoreCrashedError("_Crash"))
-                    await _settle()  # before anybody restarts anything
+                    await settle()  # before anybody restarts anything
                 else:
                     other = _Remote(4, DEFAULT_OPTIONS)
                     async with open_processor(LoopbackPlatform(other.application)) as processor:
                         await processor.boot(other.firmware)
                         await remote.host.restart(processor.rpmsg_device())
-                        await _settle()
+                        await settle()
                         assert sorted(errors) == sorted(calls)
                         assert host.is_bound is (not rebind)
             assert sorted(errors) == sorted(calls)
@@ -454,7 +442,7 @@ async def test_between_the_end_and_the_restart_nothing_can_be_done_and_wait_boun
     async with _remote() as remote, remote.host.open_endpoint(NAME, rebind=True) as host:
         async with remote.bus.open_endpoint(NAME):
             await host.wait_bound()
-        await _settle()
+        await settle()
         await remote.crash()
         for call in _waiting_calls(host, host, remote.host).values():
             with pytest.raises((trio.BrokenResourceError, StateError)), trio.fail_after(1):
@@ -478,12 +466,12 @@ async def test_between_the_end_and_the_restart_nothing_can_be_done_and_wait_boun
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait_bound)
-            await _settle()
+            await settle()
             await remote.restart()
-            await _settle()
+            await settle()
             assert bound == []
             async with remote.bus.open_endpoint(NAME):
-                await _settle()
+                await settle()
                 assert bound == [True]
 
 
@@ -531,7 +519,7 @@ async def test_others_stay_broken_and_harm_nobody() -> None:
                     endpoint.send_nowait(b"x")
             async with remote.bus.open_endpoint(address=5, destination=2000) as peer:
                 await peer.send(b"for the heir")
-                await _settle()
+                await settle()
                 lost.close()
                 await lost.aclose()
                 assert await heir.receive() == (b"for the heir", 5)
@@ -555,7 +543,7 @@ async def test_copies_of_lost_endpoints_can_still_be_received_and_others_are_sta
         for address in (5, 6, 7, 8):
             for number in range(address):
                 await peer.send_to(bytes((number,)), address)
-        await _settle()
+        await settle()
         await remote.restart()
         assert remote.host.drops == Drops(stale=6 + 7 + 8)
         assert [message.payload[0] for message in await copied.receive_many()] == [*range(5)]
@@ -579,7 +567,7 @@ async def test_messages_held_back_are_of_the_old_device() -> None:
         async with remote.bus.open_endpoint(destination=5) as peer:
             for address in (5, 5, 5, 5, 6, 6, 6):
                 peer.send_to_nowait(b"x", address)
-                await _settle()
+                await settle()
             assert remote.host.statistics.held == 4
         await remote.restart()
         assert remote.host.statistics.held == 0
@@ -657,12 +645,12 @@ async def test_notifications_of_the_old_device_do_nothing() -> None:
         await remote.restart()
         async with remote.bus.open_endpoint(NAME):
             await host.wait_bound()
-            await _settle()
+            await settle()
             before = remote.host.statistics
             for _ in range(3):
                 old.notified()
                 old.fail(PeerGoneError("of old"))
-                await _settle()
+                await settle()
             assert remote.host.statistics == before
             assert remote.host.failure is None
             await host.send(b"x")
@@ -683,7 +671,7 @@ async def test_counts_go_on_and_count_once() -> None:
                 await peer.send_many([b"ab"] * 7)
                 await peer.send_to(b"nobody", 4711)
                 await host.receive_many()
-                await _settle()
+                await settle()
             sent, received = 5 * turn, 8 * turn
             for _ in range(2):  # the second time after the restart
                 statistics = remote.host.statistics
@@ -760,7 +748,7 @@ async def test_restarts_that_are_refused_change_nothing() -> None:
 async def test_a_device_that_is_no_rpmsg_device_leaves_the_bus_broken_and_can_be_followed() -> None:
     async with _remote(4) as remote, remote.host.open_endpoint(NAME, rebind=True) as host:
         good = remote.firmware
-        vrings = _table(4).entries[0]
+        vrings = make_table(4).entries[0]
         assert isinstance(vrings, Vdev)
         remote.firmware = python_firmware(ResourceTable((replace(vrings, id=8),)))
         await remote.processor.shutdown()
@@ -819,7 +807,7 @@ async def test_closing_an_endpoint_while_the_bus_restarts() -> None:
             await trio.lowlevel.checkpoint()
             closed.close()
         await remote.meet()
-        await _settle()
+        await settle()
         assert [channel.name for channel in remote.bus.channels] == ["a"]
 
 
@@ -926,7 +914,7 @@ async def test_a_peer_that_crashes_in_mid_message_is_restarted() -> None:
         for _ in range(3):
             async with remote.bus.open_endpoint(NAME, in_place=True) as peer:
                 await peer.wait_bound()
-                await _settle()
+                await settle()
                 await host.send_many([b"held", b"queued"])
                 with await peer.hold() as held, pytest.raises(trio.ClosedResourceError):
                     async with peer.reserve(4) as reservation:

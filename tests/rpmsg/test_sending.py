@@ -12,23 +12,9 @@ import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from links import NAME, make_table, settle
 
 from openamp_py import ADDRESS_ANY, Bus, Drops, Endpoint, PeerGoneError, WhenFull
-from openamp_py.constants import RPMSG_F_NS
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
-
-NAME = "test-service"
-
-
-def _table(num: int = 256) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, RPMSG_F_NS, vrings=vrings),))
-
-
-async def _settle() -> None:
-    """Lets both sides handle what is under way: a bus looks when it is idle for the second time."""
-    for _ in range(3):
-        await trio.testing.wait_all_tasks_blocked()
 
 
 @asynccontextmanager
@@ -40,7 +26,7 @@ async def _bound(pair: Any, **options: Any) -> AsyncIterator[tuple[Endpoint, End
     ):
         await host.wait_bound()
         await remote.wait_bound()
-        await _settle()  # the buffers of the announcements are back
+        await settle()  # the buffers of the announcements are back
         yield host, remote
 
 
@@ -53,7 +39,7 @@ async def _fill(endpoint: Endpoint) -> int:
         except trio.WouldBlock:
             return count
         count += 1
-        await _settle()
+        await settle()
 
 
 async def _receive(endpoint: Endpoint, count: int) -> list[bytes]:
@@ -68,7 +54,7 @@ async def _circulates(pair: Any, num: int) -> None:
             sender.open_endpoint(destination=900) as one,
             receiver.open_endpoint(address=900) as other,
         ):
-            await _settle()
+            await settle()
             for _ in range(3):
                 for number in range(num):
                     one.send_nowait(bytes((number,)))
@@ -120,7 +106,7 @@ async def test_send_many_keeps_the_order_and_each_length(open_pair: Any) -> None
 
 async def test_send_many_kicks_once_for_all_that_fit(open_pair: Any) -> None:
     async with open_pair() as pair, _bound(pair) as (host, remote):
-        await _settle()
+        await settle()
         before = pair.host.statistics
         await host.send_many([b"x"] * 200)
         after = pair.host.statistics
@@ -147,7 +133,7 @@ async def test_an_empty_list_sends_nothing(open_pair: Any) -> None:
     async with open_pair() as pair, _bound(pair) as (host, remote):
         await host.send_many([])
         assert host.send_many_nowait([]) == 0
-        await _settle()
+        await settle()
         assert host.statistics.sent == remote.statistics.received == 0
 
 
@@ -180,7 +166,7 @@ async def test_the_length_can_be_set_later(open_pair: Any, begin: int | None, en
 
 
 async def test_reservations_are_sent_in_the_order_they_end(open_pair: Any) -> None:
-    async with open_pair(_table(4)) as pair, _bound(pair) as (host, remote):
+    async with open_pair(make_table(4)) as pair, _bound(pair) as (host, remote):
         with host.reserve_nowait(5) as outer:
             with host.reserve_nowait(5) as inner:
                 outer.view[:5], inner.view[:5] = b"outer", b"inner"
@@ -239,13 +225,13 @@ async def test_nothing_goes_when_one_payload_of_many_is_too_long(open_pair: Any)
                 call(payloads[1])
         with pytest.raises(ValueError, match="payload of 497 bytes"):
             await host.send_from(payloads[1], 5, remote.address)
-        await _settle()
+        await settle()
         assert host.statistics.sent == remote.statistics.received == 0
 
 
 @pytest.mark.parametrize("length", [-1, 497, 1 << 40])
 async def test_a_reservation_of_an_impossible_length(open_pair: Any, length: int) -> None:
-    async with open_pair(_table(2)) as pair, _bound(pair) as (host, _remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair) as (host, _remote):
         with pytest.raises(ValueError, match="the limit is 496 bytes"):
             async with host.reserve(length):
                 raise AssertionError("not reached")
@@ -261,33 +247,33 @@ async def test_a_reservation_of_an_impossible_length(open_pair: Any, length: int
 
 
 async def test_many_nowait_says_how_many_went(open_pair: Any) -> None:
-    async with open_pair(_table(4)) as pair, _bound(pair) as (host, remote):
+    async with open_pair(make_table(4)) as pair, _bound(pair) as (host, remote):
         payloads = [bytes((number,)) for number in range(6)]
         assert host.send_many_nowait(payloads) == 4
         assert (host.statistics.sent, host.statistics.sent_bytes) == (4, 4)
         with pytest.raises(trio.WouldBlock, match="no buffer"):
             host.send_many_nowait(payloads[4:])
         assert await _receive(remote, 4) == payloads[:4]
-        await _settle()
+        await settle()
         assert host.send_many_nowait(payloads[4:]) == 2
         assert await _receive(remote, 2) == payloads[4:]
 
 
 async def test_nobody_overtakes_those_who_wait_for_a_buffer(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair, queue_limit=1) as (host, remote):
         filled = await _fill(host)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.send_many, [b"1", b"2", b"3"])
-            await _settle()
+            await settle()
             nursery.start_soon(host.send, b"4")
-            await _settle()
+            await settle()
 
             async def build() -> None:
                 async with host.reserve(1) as reservation:
                     reservation.view[:1] = b"5"
 
             nursery.start_soon(build)
-            await _settle()
+            await settle()
             received: list[bytes] = []
             while len(received) < filled + 5:
                 received += await _receive(remote, 1)
@@ -335,7 +321,7 @@ async def test_before_there_is_a_peer_nowait_would_block_and_others_wait(open_pa
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.send_many, [b"a", b"b"])
             nursery.start_soon(build)
-            await _settle()
+            await settle()
             async with pair.remote.open_endpoint(NAME) as remote:
                 assert sorted(await _receive(remote, 3)) == [b"a", b"b", b"built"]
 
@@ -344,7 +330,7 @@ async def test_before_there_is_a_peer_nowait_would_block_and_others_wait(open_pa
 
 
 async def test_a_discarded_reservation_is_not_sent(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair, _bound(pair) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair) as (host, remote):
         for _ in range(9):
             async with host.reserve() as reservation:
                 reservation.discard()
@@ -358,7 +344,7 @@ async def test_a_discarded_reservation_is_not_sent(open_pair: Any) -> None:
 
 
 async def test_an_exception_in_the_block_gives_the_buffer_back(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair, _bound(pair) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair) as (host, remote):
         for endpoint in (host, remote):
             for _ in range(5):
                 with pytest.raises(KeyError, match="mine"):
@@ -376,20 +362,20 @@ async def test_an_exception_in_the_block_gives_the_buffer_back(open_pair: Any) -
 
 async def test_a_discarded_reservation_goes_to_who_waits(open_pair: Any) -> None:
     async with (
-        open_pair(_table(1)) as pair,
+        open_pair(make_table(1)) as pair,
         _bound(pair) as (host, remote),
         trio.open_nursery() as nursery,
     ):
         with host.reserve_nowait(1) as reservation:
             nursery.start_soon(host.send, b"waited")
-            await _settle()
+            await settle()
             reservation.discard()
             assert await _receive(remote, 1) == [b"waited"]
 
 
 async def test_a_view_that_is_still_looked_at_loses_no_buffer(open_pair: Any) -> None:
     """As numpy.frombuffer or struct.iter_unpack do."""
-    async with open_pair(_table(2)) as pair, _bound(pair) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair) as (host, remote):
         for _ in range(4):
             async with host.reserve(8) as reservation:
                 numbers = struct.iter_unpack("<I", reservation.view[:8])
@@ -407,7 +393,7 @@ async def test_a_view_that_is_still_looked_at_loses_no_buffer(open_pair: Any) ->
 @pytest.mark.parametrize("side", ["host", "remote"])
 async def test_a_cancelled_wait_sent_nothing_and_loses_no_buffer(open_pair: Any, side: str) -> None:
     """Acceptance scenario 13 (OA#361)."""
-    async with open_pair(_table(2)) as pair:
+    async with open_pair(make_table(2)) as pair:
         async with _bound(pair, queue_limit=1) as (host, remote):
             sender, receiver = (host, remote) if side == "host" else (remote, host)
             filled = await _fill(sender)
@@ -426,30 +412,30 @@ async def test_a_cancelled_wait_sent_nothing_and_loses_no_buffer(open_pair: Any,
             for call in calls:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(call)
-                    await _settle()
+                    await settle()
                     nursery.cancel_scope.cancel()
             # Cancelled before they begin: also where there is a buffer.
             assert await _receive(receiver, filled) == [b"fill"] * filled
-            await _settle()
+            await settle()
             for call in calls:
                 with trio.CancelScope() as scope:
                     scope.cancel()
                     await call()
                 assert scope.cancelled_caught
-            await _settle()
+            await settle()
             assert sender.statistics.sent == receiver.statistics.received == filled
         await _circulates(pair, 2)
 
 
 async def test_a_cancelled_batch_tells_how_many_went(open_pair: Any) -> None:
-    async with open_pair(_table(4)) as pair, _bound(pair, queue_limit=2) as (host, remote):
+    async with open_pair(make_table(4)) as pair, _bound(pair, queue_limit=2) as (host, remote):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.send_many, [bytes((number,)) for number in range(100)])
-            await _settle()
+            await settle()
             assert await _receive(remote, 3) == [b"\0", b"\1", b"\2"]
-            await _settle()
+            await settle()
             nursery.cancel_scope.cancel()
-        await _settle()
+        await settle()
         sent = host.statistics.sent
         assert 3 < sent < 100
         assert await _receive(remote, sent - 3) == [bytes((n,)) for n in range(3, sent)]
@@ -459,7 +445,7 @@ async def test_a_cancelled_batch_tells_how_many_went(open_pair: Any) -> None:
 
 async def test_a_waiter_that_is_cancelled_when_called_passes_its_turn_on(open_pair: Any) -> None:
     async with (
-        open_pair(_table(1)) as pair,
+        open_pair(make_table(1)) as pair,
         _bound(pair) as (host, remote),
         trio.open_nursery() as nursery,
     ):
@@ -471,9 +457,9 @@ async def test_a_waiter_that_is_cancelled_when_called_passes_its_turn_on(open_pa
 
         with host.reserve_nowait(1) as reservation:
             nursery.start_soon(first)
-            await _settle()
+            await settle()
             nursery.start_soon(host.send, b"second")
-            await _settle()
+            await settle()
             reservation.discard()  # calls the first one,
             scope.cancel()  # who does not come
         received = await _receive(remote, 1)
@@ -506,7 +492,7 @@ async def _senders(sender: Endpoint, nursery: trio.Nursery, expected: type[Excep
         build,
     ):
         nursery.start_soon(fails, call)
-    await _settle()
+    await settle()
     return causes
 
 
@@ -514,7 +500,7 @@ async def _senders(sender: Endpoint, nursery: trio.Nursery, expected: type[Excep
 async def test_every_waiting_sender_ends_with_its_endpoint_or_bus(open_pair: Any, how: str) -> None:
     cause = PeerGoneError("the remote is gone")
     expected = trio.BrokenResourceError if how == "failure" else trio.ClosedResourceError
-    async with open_pair(_table(1)) as pair, _bound(pair, queue_limit=1) as (host, _remote):
+    async with open_pair(make_table(1)) as pair, _bound(pair, queue_limit=1) as (host, _remote):
         await _fill(host)
         with trio.fail_after(10):
             async with trio.open_nursery() as nursery:
@@ -545,7 +531,7 @@ _ENDS = [(side, how) for side in ("host", "remote") for how in ("endpoint", "bus
 async def test_a_reservation_whose_endpoint_or_link_ends_is_not_sent(
     open_pair: Any, side: str, how: str
 ) -> None:
-    async with open_pair(_table(2)) as pair, _bound(pair) as (host, remote):
+    async with open_pair(make_table(2)) as pair, _bound(pair) as (host, remote):
         sender, bus = (host, pair.host) if side == "host" else (remote, pair.remote)
         device = pair.host_device if side == "host" else pair.remote_device
         expected: type[Exception] = trio.ClosedResourceError
@@ -563,7 +549,7 @@ async def test_a_reservation_whose_endpoint_or_link_ends_is_not_sent(
                     device.fail(PeerGoneError("gone"))
                 else:
                     pair.host_device.end()
-                    await _settle()
+                    await settle()
         assert bus.statistics.sent == before
         assert bus.statistics.reserved == 0
         assert sender.statistics.sent == 0
@@ -572,7 +558,7 @@ async def test_a_reservation_whose_endpoint_or_link_ends_is_not_sent(
 
 async def test_a_waiting_send_ends_when_its_channel_is_withdrawn(open_pair: Any) -> None:
     """It waits for a buffer, and is not sent to where nobody is any more."""
-    async with open_pair(_table(2)) as pair, pair.host.open_endpoint(NAME) as host:
+    async with open_pair(make_table(2)) as pair, pair.host.open_endpoint(NAME) as host:
         errors: list[BaseException] = []
 
         async def send() -> None:
@@ -585,31 +571,31 @@ async def test_a_waiting_send_ends_when_its_channel_is_withdrawn(open_pair: Any)
             pair.remote.open_endpoint(NAME, queue_limit=1),
         ):
             await host.wait_bound()
-            await _settle()
+            await settle()
             await _fill(host)
             nursery.start_soon(send)
-            await _settle()
+            await settle()
             assert errors == []
         assert isinstance(errors[0].__cause__, PeerGoneError)
-        await _settle()
+        await settle()
         assert pair.remote.drops == Drops()
 
 
 async def test_a_reservation_for_a_channel_that_was_withdrawn_meanwhile(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair, pair.host.open_endpoint(NAME) as host:
+    async with open_pair(make_table(2)) as pair, pair.host.open_endpoint(NAME) as host:
         async with pair.remote.open_endpoint(NAME) as remote:
             await host.wait_bound()
             with pytest.raises(trio.BrokenResourceError, match="withdrew"):
                 async with host.reserve(3):
                     await remote.aclose()
-                    await _settle()
+                    await settle()
                     assert host.is_withdrawn
-        await _settle()
+        await settle()
         await _circulates(pair, 2)
 
 
 async def test_the_buffer_of_a_closed_endpoints_reservation_is_free_again(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair:
+    async with open_pair(make_table(2)) as pair:
         async with _bound(pair) as (host, _remote):
             with pytest.raises(trio.ClosedResourceError):
                 async with host.reserve():
@@ -659,7 +645,7 @@ def test_any_sequence_of_sending_keeps_the_counts(
     """What went is received in its order; every buffer circulates in the end."""
 
     async def main() -> None:
-        async with open_pair(_table(4)) as pair:
+        async with open_pair(make_table(4)) as pair:
             async with _bound(pair) as ends:
                 sender, receiver = ends if from_host else ends[::-1]
                 bus: Bus = pair.host if from_host else pair.remote
@@ -695,12 +681,12 @@ def test_any_sequence_of_sending_keeps_the_counts(
                             received.append(receiver.receive_nowait().payload)
                     except trio.WouldBlock:
                         pass
-                    await _settle()
+                    await settle()
                     assert bus.statistics.reserved == len(opened)
                 for context, payload in opened:
                     context.__exit__(None, None, None)
                     expected.append(payload)
-                await _settle()
+                await settle()
                 assert sender.statistics.sent == len(expected)
                 assert sender.statistics.sent_bytes == sum(map(len, expected))
                 assert receiver.statistics.received == len(expected)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from links import make_table, settle
 
 from openamp_py import (
     ECHO_CHANNEL,
@@ -25,24 +26,11 @@ from openamp_py import (
     open_resources,
     open_session,
 )
-from openamp_py.constants import RPMSG_F_NS
 from openamp_py.platforms.demo import BUFFERS_DA, MEMORY_SIZE, python_firmware
 from openamp_py.platforms.process import URL
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
 
 HEADER = 16
 SIZES = (64, 512, 4096, 65536)
-
-
-def _table(num: int) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, RPMSG_F_NS, vrings=vrings),))
-
-
-async def _settle() -> None:
-    """Lets both sides handle what is under way: a bus looks when it is idle for the second time."""
-    for _ in range(3):
-        await trio.testing.wait_all_tasks_blocked()
 
 
 @asynccontextmanager
@@ -63,7 +51,7 @@ async def _pair(to_remote: int, to_host: int, num: int) -> AsyncIterator[tuple[B
     platform = LoopbackPlatform(application, memory_size=memory_size)
     options = BusOptions(send_buffer_size=to_remote, receive_buffer_size=to_host)
     async with open_processor(platform) as processor:
-        await processor.boot(python_firmware(_table(num)))
+        await processor.boot(python_firmware(make_table(num)))
         async with open_bus(processor.rpmsg_device(), options) as host:
             yield host, await receive.receive()
 
@@ -112,9 +100,9 @@ async def test_all_buffers_full_of_different_bytes(size: int, in_place: bool) ->
         payloads = [bytes((number,)) * limit for number in range(16)]
         for _ in range(2):
             assert host.send_many_nowait(payloads) == 16
-            await _settle()
+            await settle()
             assert [(await remote.receive()).payload for _ in range(16)] == payloads
-            await _settle()
+            await settle()
 
 
 @pytest.mark.parametrize("num", [1, 256])
@@ -184,12 +172,12 @@ async def test_none_most_and_too_many_bytes(size: int) -> None:
                 sent += 4
                 received = [(await other.receive()).payload for _ in range(4)]
                 assert received == [payload] * 4
-                await _settle()
+                await settle()
                 async with one.reserve(length) as reservation:
                     reservation.view[:length] = payload
                 sent += 1
                 assert (await other.receive()).payload == payload
-                await _settle()
+                await settle()
             too_long = b"p" * (limit + 1)
             for call in _ways(one, other, too_long):
                 with pytest.raises(ValueError, match=message):
@@ -201,7 +189,7 @@ async def test_none_most_and_too_many_bytes(size: int) -> None:
             with pytest.raises(ValueError, match=message):
                 async with one.reserve(limit + 1):
                     raise AssertionError("not reached")
-            await _settle()
+            await settle()
             assert one.statistics.sent == other.statistics.received == sent
 
 
@@ -214,7 +202,7 @@ async def test_an_announcement_that_does_not_fit_is_refused(size: int) -> None:
                 async with bus.open_endpoint("service", address=5):
                     raise AssertionError("not reached")
             async with bus.open_endpoint("service", address=5, announce=False):
-                await _settle()
+                await settle()
 
 
 async def test_the_smallest_buffers_that_an_announcement_fits() -> None:
@@ -245,7 +233,7 @@ async def _sleep(_: Link) -> None:
 
 async def test_memory_without_room_for_the_buffers_is_refused_with_the_numbers() -> None:
     async with open_processor(LoopbackPlatform(_sleep)) as processor:
-        await processor.boot(python_firmware(_table(256)))
+        await processor.boot(python_firmware(make_table(256)))
         options = BusOptions(send_buffer_size=65536, receive_buffer_size=65536)
         with pytest.raises(ResourceTableError, match=r"33554432 bytes of buffers are needed"):
             async with open_bus(processor.rpmsg_device(), options):

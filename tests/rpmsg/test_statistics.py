@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import trio
 import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from links import NAME, make_table, open_linked, settle
 
 from openamp_py import (
     ADDRESS_ANY,
@@ -26,34 +25,8 @@ from openamp_py import (
     PeerGoneError,
     WhenFull,
 )
-from openamp_py.constants import NAME_SERVICE_ADDRESS, RPMSG_F_NS
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
+from openamp_py.constants import NAME_SERVICE_ADDRESS
 from openamp_py.rpmsg.wire import Announcement, Channel, encode_announcement
-
-NAME = "test-service"
-
-
-def _table(num: int = 256) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, RPMSG_F_NS, vrings=vrings),))
-
-
-async def _settle() -> None:
-    """Lets both sides handle what is under way: a bus looks when it is idle for the second time."""
-    for _ in range(3):
-        await trio.testing.wait_all_tasks_blocked()
-
-
-@asynccontextmanager
-async def _linked(pair: Any, **options: Any) -> AsyncIterator[tuple[Endpoint, Endpoint]]:
-    """An endpoint on each side, at agreed addresses."""
-    async with (
-        pair.host.open_endpoint(address=5, destination=6, **options) as host,
-        pair.remote.open_endpoint(address=6, destination=5, **options) as remote,
-    ):
-        await _settle()
-        yield host, remote
-
 
 # How often there were kicks and polls is the scheduler's business.
 _BESIDE = {"kicks_sent", "kicks_suppressed", "kicks_received", "polls", "poll_hits"}
@@ -84,12 +57,12 @@ async def test_a_new_bus_has_counted_nothing(open_pair: Any) -> None:
 async def test_a_message_moves_just_its_counters(
     open_pair: Any, to_host: bool, in_place: bool
 ) -> None:
-    async with open_pair() as pair, _linked(pair, in_place=in_place) as ends:
+    async with open_pair() as pair, open_linked(pair, in_place=in_place) as ends:
         sender, receiver = ends[::-1] if to_host else ends
         one, other = (pair.remote, pair.host) if to_host else (pair.host, pair.remote)
         before, before_other = one.statistics, other.statistics
         await sender.send(b"abc")
-        await _settle()
+        await settle()
         assert _changes(before, one.statistics) == {"sent": 1, "sent_bytes": 3}
         held = {"held": 1} if in_place else {}
         assert _changes(before_other, other.statistics) == {
@@ -108,9 +81,9 @@ async def test_a_message_moves_just_its_counters(
 
 
 async def test_every_message_of_a_batch_counts(open_pair: Any) -> None:
-    async with open_pair() as pair, _linked(pair) as (host, remote):
+    async with open_pair() as pair, open_linked(pair) as (host, remote):
         await host.send_many([b"abc"] * 5)
-        await _settle()
+        await settle()
         counted = remote.statistics
         assert (counted.received, counted.received_bytes, counted.queued) == (5, 15, 5)
         assert (host.statistics.sent, host.statistics.sent_bytes) == (5, 15)
@@ -120,9 +93,9 @@ async def test_the_name_service_counts_on_the_bus_only(open_pair: Any) -> None:
     async with open_pair() as pair:
         before, before_other = pair.host.statistics, pair.remote.statistics
         async with pair.remote.open_endpoint(NAME) as endpoint:
-            await _settle()
+            await settle()
             assert endpoint.statistics.sent == endpoint.statistics.sent_bytes == 0
-        await _settle()
+        await settle()
         assert _changes(before, pair.host.statistics) == {"received": 2, "received_bytes": 80}
         assert _changes(before_other, pair.remote.statistics) == {"sent": 2, "sent_bytes": 80}
 
@@ -143,10 +116,10 @@ async def test_the_name_service_counts_on_the_bus_only(open_pair: Any) -> None:
 async def test_drops_by_their_reason(
     open_pair: Any, what: str, payload: bytes, destination: int
 ) -> None:
-    async with open_pair() as pair, _linked(pair) as (host, _remote):
+    async with open_pair() as pair, open_linked(pair) as (host, _remote):
         for number in range(1, 4):
             await host.send_to(payload, destination)
-            await _settle()
+            await settle()
             assert pair.remote.drops == Drops(**{what: number})
         assert pair.remote.statistics.received == 3
         assert pair.host.drops == Drops()
@@ -155,7 +128,7 @@ async def test_drops_by_their_reason(
 @pytest.mark.parametrize("what", ["bad_length", "bad_source"])
 async def test_headers_that_cannot_be(open_pair: Any, what: str) -> None:
     """Acceptance scenario 7 (OA#696): a length beyond the buffer."""
-    async with open_pair() as pair, _linked(pair) as (host, remote):
+    async with open_pair() as pair, open_linked(pair) as (host, remote):
         with host.reserve_nowait(4) as reservation:
             reservation.view[:4] = b"abcd"
             memory = pair.host_device.memory.regions[0].view
@@ -165,7 +138,7 @@ async def test_headers_that_cannot_be(open_pair: Any, what: str) -> None:
             struct.pack_into("<H", memory, at + 12, 497)
         else:
             struct.pack_into("<I", memory, at, ADDRESS_ANY)
-        await _settle()
+        await settle()
         assert pair.remote.drops == Drops(**{what: 1})
         assert _changes(before, pair.remote.statistics).get(what) == 1
         assert remote.statistics.received == 0
@@ -174,17 +147,17 @@ async def test_headers_that_cannot_be(open_pair: Any, what: str) -> None:
 
 
 async def test_who_waits_for_a_buffer_is_counted_once(open_pair: Any) -> None:
-    async with open_pair(_table(2)) as pair, _linked(pair, queue_limit=1) as (host, remote):
+    async with open_pair(make_table(2)) as pair, open_linked(pair, queue_limit=1) as (host, remote):
         with pytest.raises(trio.WouldBlock):
             while True:
                 host.send_nowait(b"x")
-                await _settle()
+                await settle()
         assert pair.host.statistics.buffer_waits == host.statistics.buffer_waits == 0
         async with trio.open_nursery() as nursery:
             nursery.start_soon(host.send, b"y")
-            await _settle()
+            await settle()
             nursery.start_soon(host.send_many, [b"z"] * 9)
-            await _settle()
+            await settle()
             assert pair.host.statistics.buffer_waits == host.statistics.buffer_waits == 2
             for _ in range(3 + 10):
                 await remote.receive()
@@ -192,7 +165,7 @@ async def test_who_waits_for_a_buffer_is_counted_once(open_pair: Any) -> None:
 
 
 async def test_reserved_and_held_go_up_and_down(open_pair: Any) -> None:
-    async with open_pair() as pair, _linked(pair, in_place=True) as (host, remote):
+    async with open_pair() as pair, open_linked(pair, in_place=True) as (host, remote):
         bus = pair.host
         assert bus.statistics.reserved == 0
         with host.reserve_nowait() as one, host.reserve_nowait():
@@ -201,7 +174,7 @@ async def test_reserved_and_held_go_up_and_down(open_pair: Any) -> None:
             assert bus.statistics.reserved == 1
         assert bus.statistics.reserved == 0
         assert bus.statistics.sent == host.statistics.sent == 1
-        await _settle()
+        await settle()
         held = remote.hold_nowait()
         assert (pair.remote.statistics.held, remote.statistics.held) == (1, 0)
         held.release()
@@ -209,7 +182,7 @@ async def test_reserved_and_held_go_up_and_down(open_pair: Any) -> None:
 
 
 async def test_kicks_add_up(open_pair: Any) -> None:
-    async with open_pair() as pair, _linked(pair) as (host, remote):
+    async with open_pair() as pair, open_linked(pair) as (host, remote):
         kicks = 0
         before = pair.host.statistics
         pass_on = pair.host_device._kick
@@ -223,19 +196,19 @@ async def test_kicks_add_up(open_pair: Any) -> None:
         for number in range(30):
             await host.send(b"x")
             if number % 3 == 0:
-                await _settle()
+                await settle()
                 await remote.receive_many()
-        await _settle()
+        await settle()
         after = pair.host.statistics
         assert after.kicks_sent - before.kicks_sent == kicks > 0
         assert after.kicks_suppressed - before.kicks_suppressed == 30 - kicks
 
 
 async def test_nothing_is_held_by_one_that_was_closed_on_a_broken_link(open_pair: Any) -> None:
-    async with open_pair(_table(4)) as pair, _linked(pair, queue_limit=1) as (host, remote):
+    async with open_pair(make_table(4)) as pair, open_linked(pair, queue_limit=1) as (host, remote):
         for _ in range(4):
             remote.send_nowait(b"x")
-            await _settle()
+            await settle()
         assert pair.host.statistics.held == host.statistics.held == 3
         pair.host_device.fail(PeerGoneError("gone"))
         host.close()
@@ -243,11 +216,11 @@ async def test_nothing_is_held_by_one_that_was_closed_on_a_broken_link(open_pair
 
 
 async def test_what_was_counted_outlives_the_bus(open_pair: Any) -> None:
-    async with open_pair() as pair, _linked(pair) as (host, remote):
+    async with open_pair() as pair, open_linked(pair) as (host, remote):
         await host.send(b"abc")
         await remote.receive()
         await host.send_to(b"", 9)
-        await _settle()
+        await settle()
         before = pair.host.statistics, pair.remote.statistics
         of_endpoints = host.statistics, remote.statistics
     assert _changes(before[0], pair.host.statistics) == {}
@@ -267,14 +240,14 @@ def _strict(text: str) -> Any:
 
 async def test_a_dump_says_what_is_there(open_pair: Any) -> None:
     async with (
-        open_pair(_table(16), to_remote=128, to_host=256) as pair,
+        open_pair(make_table(16), to_remote=128, to_host=256) as pair,
         pair.remote.open_endpoint("service", address=2000),
         pair.host.open_endpoint("service", when_full=WhenFull.DROP_OLDEST) as host,
         pair.host.open_endpoint(address=7),
     ):
         await host.wait_bound()
         await host.send(b"abc")
-        await _settle()
+        await settle()
         dump = pair.host.dump()
         assert (dump.role, dump.status, dump.features, dump.failure) == ("driver", 0xF, 1, None)
         assert (dump.payload_limit, dump.receive_payload_limit) == (112, 240)
@@ -313,7 +286,7 @@ async def test_json_is_json_whatever_the_options(
 
 @pytest.mark.parametrize("how", ["failed", "reset", "broken", "closed", "failed and closed"])
 async def test_a_dump_of_what_is_over(open_pair: Any, how: str) -> None:
-    async with open_pair() as pair, _linked(pair, in_place=True) as (host, remote):
+    async with open_pair() as pair, open_linked(pair, in_place=True) as (host, remote):
         await host.send_many([b"x", b"y"])
         await remote.send(b"z")
         held = await host.hold()
@@ -325,7 +298,7 @@ async def test_a_dump_of_what_is_over(open_pair: Any, how: str) -> None:
             memory[:] = b"\xff\x7f"
         elif how != "closed":
             pair.host_device.fail(PeerGoneError("lost it \x1b[2J\nendpoints: 99"))
-        await _settle()
+        await settle()
         if how.endswith("closed"):
             await bus.aclose()
         for _ in range(2):
@@ -346,7 +319,7 @@ async def test_a_dump_of_what_is_over(open_pair: Any, how: str) -> None:
 )
 async def test_hostile_names_are_escaped(open_pair: Any, name: str) -> None:
     async with open_pair() as pair, pair.remote.open_endpoint(name):
-        await _settle()
+        await settle()
         dump = pair.host.dump()
         text = str(dump)
         assert dump.channels[0].name == name
@@ -361,7 +334,7 @@ async def test_hostile_names_are_escaped(open_pair: Any, name: str) -> None:
 async def test_names_that_are_no_utf_8(open_pair: Any) -> None:
     async with open_pair() as pair, pair.remote.open_endpoint(destination=53) as raw:
         await raw.send(struct.pack("<32sII", b"\xff\xfe\xed\xa0\x80\x1b", 9, 0))
-        await _settle()
+        await settle()
         (channel,) = pair.host.channels
         assert channel.name == "\\xff\\xfe\\xed\\xa0\\x80\x1b"
         assert "\x1b" not in str(pair.host.dump())
@@ -437,7 +410,7 @@ def test_any_sequence_keeps_the_counts(
     options = {"in_place": in_place, "queue_limit": limit, "when_full": when_full}
 
     async def main() -> None:
-        async with open_pair(_table(4)) as pair:
+        async with open_pair(make_table(4)) as pair:
             run = _Run(pair, to_host, options)
             one = pair.remote if to_host else pair.host
             await run.open()
@@ -471,11 +444,11 @@ def test_any_sequence_keeps_the_counts(
                             reservation.discard()
                             context.__exit__(None, None, None)
                         elif step == "reopen":
-                            await _settle()
+                            await settle()
                             await run.close()
                             await run.open()
                         else:
-                            await _settle()
+                            await settle()
                     except trio.WouldBlock:
                         pass
                     run.check()
@@ -484,15 +457,15 @@ def test_any_sequence_keeps_the_counts(
                 for context, reservation in reserved:
                     reservation.discard()
                     context.__exit__(None, None, None)
-                await _settle()
+                await settle()
                 for each in run.held:
                     each.release()
                 run.held.clear()
                 run.check()
-                await _settle()
+                await settle()
                 while run.receiver.statistics.queued:
                     run.taken += len(await run.receiver.receive_many())
-                    await _settle()
+                    await settle()
                 run.check()
                 dropped = run.old_dropped + run.receiver.statistics.dropped
                 assert run.sent == run.taken + dropped + run.lost
@@ -509,6 +482,6 @@ def test_any_sequence_keeps_the_counts(
                             sender.send_nowait(b"one too many")
                         for number in range(4):
                             assert (await other.receive()).payload == bytes((number,))
-                        await _settle()
+                        await settle()
 
     trio.run(main)

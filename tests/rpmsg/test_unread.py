@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from links import NAME, make_table, settle
 
 from openamp_py import (
     BusOptions,
@@ -24,23 +25,9 @@ from openamp_py import (
     open_processor,
     open_resources,
 )
-from openamp_py.constants import RPMSG_F_NS
 from openamp_py.platforms.demo import python_firmware
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
 
-NAME = "test-service"
 DROPPING = (WhenFull.DROP_OLDEST, WhenFull.DROP_NEWEST)
-
-
-def _table(num: int = 256) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, RPMSG_F_NS, vrings=vrings),))
-
-
-async def _settle() -> None:
-    """Lets both sides handle what is under way: a bus looks when it is idle for the second time."""
-    for _ in range(3):
-        await trio.testing.wait_all_tasks_blocked()
 
 
 @asynccontextmanager
@@ -65,7 +52,7 @@ async def _flood(sender: Endpoint, begin: int = 0) -> int:
         except trio.WouldBlock:
             return number
         number += 1
-        await _settle()
+        await settle()
 
 
 def _number(payload: bytes) -> int:
@@ -76,7 +63,7 @@ async def _numbers(receiver: Endpoint) -> list[int]:
     """All that can be received at once."""
     found = []
     while True:
-        await _settle()
+        await settle()
         try:
             found.append(_number(receiver.receive_nowait().payload))
         except trio.WouldBlock:
@@ -85,7 +72,7 @@ async def _numbers(receiver: Endpoint) -> list[int]:
 
 async def _circulates(sender: Endpoint, receiver: Endpoint, num: int) -> None:
     """All buffers of one direction can be had: none is lost."""
-    await _settle()
+    await settle()
     for _ in range(3):
         for number in range(num):
             sender.send_nowait(bytes((number,)))
@@ -93,7 +80,7 @@ async def _circulates(sender: Endpoint, receiver: Endpoint, num: int) -> None:
             sender.send_nowait(b"one too many")
         for number in range(num):
             assert (await receiver.receive()).payload == bytes((number,))
-        await _settle()
+        await settle()
 
 
 # Holding back
@@ -105,7 +92,7 @@ async def test_held_back_are_the_limit_and_the_buffers(
     open_pair: Any, to_host: bool, limit: int
 ) -> None:
     async with (
-        open_pair(_table(8)) as pair,
+        open_pair(make_table(8)) as pair,
         _one_way(pair, to_host, queue_limit=limit) as (sender, receiver),
     ):
         bus = pair.host if to_host else pair.remote
@@ -127,7 +114,7 @@ async def test_a_burst_is_copied_up_to_one_batch_beyond_the_limit(open_pair: Any
             while True:
                 numbers = range(sent, sent + 256)
                 sent += sender.send_many_nowait([n.to_bytes(2, "little") for n in numbers])
-                await _settle()
+                await settle()
         statistics = receiver.statistics
         assert statistics.held == 256
         assert 2 <= statistics.queued - statistics.held <= 2 + 64
@@ -139,7 +126,7 @@ async def test_a_slow_reader_loses_nothing(open_pair: Any, autojump_clock: Any) 
     """It takes one message in nearly each time of patience, and that is enough."""
     options = BusOptions(patience=1.0)
     async with (
-        open_pair(_table(2), options=options) as pair,
+        open_pair(make_table(2), options=options) as pair,
         _one_way(pair, queue_limit=1) as (sender, receiver),
         trio.open_nursery() as nursery,
     ):
@@ -152,7 +139,7 @@ async def test_a_slow_reader_loses_nothing(open_pair: Any, autojump_clock: Any) 
 
 async def test_two_slow_readers_lose_nothing(open_pair: Any, autojump_clock: Any) -> None:
     async with (
-        open_pair(_table(2)) as pair,
+        open_pair(make_table(2)) as pair,
         _one_way(pair, queue_limit=1) as (sender, receiver),
         _one_way(pair, address=6, queue_limit=1, in_place=True) as (other_sender, other),
         trio.open_nursery() as nursery,
@@ -184,7 +171,7 @@ async def test_what_is_dropped_is_counted_and_never_holds_the_peer_back(
 ) -> None:
     options: dict[str, Any] = {"queue_limit": 3, "when_full": when_full, "in_place": in_place}
     async with (
-        open_pair(_table(8)) as pair,
+        open_pair(make_table(8)) as pair,
         _one_way(pair, to_host, **options) as (sender, receiver),
     ):
         bus = pair.host if to_host else pair.remote
@@ -192,11 +179,11 @@ async def test_what_is_dropped_is_counted_and_never_holds_the_peer_back(
         if batch:
             for begin in range(0, 24, 4):
                 assert sender.send_many_nowait(payloads[begin : begin + 4]) == 4
-                await _settle()
+                await settle()
         else:
             for payload in payloads:
                 sender.send_nowait(payload)
-                await _settle()
+                await settle()
         statistics = receiver.statistics
         assert (statistics.received, statistics.queued, statistics.dropped) == (24, 3, 21)
         assert statistics.held == bus.statistics.held == (3 if in_place else 0)
@@ -215,11 +202,11 @@ async def test_one_that_drops_loses_no_buffer(
     open_pair: Any, when_full: WhenFull, in_place: bool
 ) -> None:
     options: dict[str, Any] = {"queue_limit": 1, "when_full": when_full, "in_place": in_place}
-    async with open_pair(_table(4)) as pair:
+    async with open_pair(make_table(4)) as pair:
         async with _one_way(pair, **options) as (sender, receiver):
             for number in range(50):
                 sender.send_nowait(bytes((number,)))
-                await _settle()
+                await settle()
             assert receiver.statistics.queued == 1
         async with _one_way(pair) as (sender, receiver):
             await _circulates(sender, receiver, 4)
@@ -229,12 +216,12 @@ async def test_one_that_drops_loses_no_buffer(
 async def test_no_reader_is_no_reason_to_drop_at_the_limit_itself(open_pair: Any) -> None:
     for when_full in DROPPING:
         async with (
-            open_pair(_table(8)) as pair,
+            open_pair(make_table(8)) as pair,
             _one_way(pair, queue_limit=5, when_full=when_full) as (sender, receiver),
         ):
             for number in range(5):
                 sender.send_nowait(bytes((number,)))
-                await _settle()
+                await settle()
             assert receiver.statistics.dropped == 0
             assert await _numbers(receiver) == [0, 1, 2, 3, 4]
 
@@ -248,7 +235,7 @@ async def test_after_the_patience_others_and_the_name_service_go_on(
     open_pair: Any, autojump_clock: Any, patience: float, to_host: bool
 ) -> None:
     async with (
-        open_pair(_table(4), options=BusOptions(patience=patience)) as pair,
+        open_pair(make_table(4), options=BusOptions(patience=patience)) as pair,
         _one_way(pair, to_host, queue_limit=3) as (sender, unread),
         _one_way(pair, to_host, address=6) as (other_sender, other),
     ):
@@ -256,7 +243,7 @@ async def test_after_the_patience_others_and_the_name_service_go_on(
         begin = trio.current_time()
         for number in range(7):  # three copied, four held: that is all buffers
             sender.send_nowait(bytes((number,)))
-            await _settle()
+            await settle()
         assert unread.statistics.held == (4 if patience else 0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other_sender.send, b"other")
@@ -277,14 +264,14 @@ async def test_one_that_is_still_not_read_loses_what_comes(
     open_pair: Any, autojump_clock: Any
 ) -> None:
     async with (
-        open_pair(_table(2)) as pair,
+        open_pair(make_table(2)) as pair,
         _one_way(pair, queue_limit=1) as (sender, unread),
     ):
         await _flood(sender)
         await trio.sleep(2)
         for number in range(20):  # nothing of this is waited for
             sender.send_nowait(bytes((100 + number,)))
-            await _settle()
+            await settle()
         assert unread.statistics.dropped == pair.remote.drops.unread == 2 + 20
         assert (unread.statistics.queued, unread.statistics.held) == (1, 0)
         assert pair.remote.drops.full == 0
@@ -295,7 +282,7 @@ async def test_once_it_is_read_it_holds_back_again(
     open_pair: Any, autojump_clock: Any, in_place: bool
 ) -> None:
     async with (
-        open_pair(_table(4)) as pair,
+        open_pair(make_table(4)) as pair,
         _one_way(pair, queue_limit=2, in_place=in_place) as (sender, receiver),
     ):
         copied = 0 if in_place else 2
@@ -318,7 +305,7 @@ async def test_any_way_to_read_makes_it_hold_back_again(
     open_pair: Any, autojump_clock: Any, how: str
 ) -> None:
     async with (
-        open_pair(_table(4)) as pair,
+        open_pair(make_table(4)) as pair,
         _one_way(pair, queue_limit=4, in_place=how == "hold") as (sender, receiver),
     ):
         await _flood(sender)
@@ -333,7 +320,7 @@ async def test_any_way_to_read_makes_it_hold_back_again(
         with pytest.raises(trio.WouldBlock):
             for _ in range(20):
                 sender.send_nowait(b"again")
-                await _settle()
+                await settle()
         assert pair.remote.drops == Drops(unread=dropped)
 
 
@@ -343,7 +330,7 @@ async def test_patience_does_not_need_the_last_buffer(
 ) -> None:
     """The peer builds messages in some buffers, or has lent fewer than there are entries."""
     async with (
-        open_pair(_table(num), options=BusOptions(patience=0.5)) as pair,
+        open_pair(make_table(num), options=BusOptions(patience=0.5)) as pair,
         _one_way(pair, queue_limit=1) as (sender, unread),
         contextlib.AsyncExitStack() as stack,
     ):
@@ -361,13 +348,13 @@ async def test_a_waiting_sender_of_an_unread_endpoint_goes_on_too(
     open_pair: Any, autojump_clock: Any
 ) -> None:
     async with (
-        open_pair(_table(2), options=BusOptions(patience=0.5)) as pair,
+        open_pair(make_table(2), options=BusOptions(patience=0.5)) as pair,
         _one_way(pair, queue_limit=1, in_place=True) as (sender, unread),
     ):
         await _flood(sender)
         with trio.fail_after(0.6):
             await sender.send(b"goes on")
-        await _settle()
+        await settle()
         assert unread.statistics.dropped == 3
         assert unread.statistics.queued == pair.remote.statistics.held == 0
 
@@ -376,14 +363,14 @@ async def test_two_unread_in_place_endpoints_do_not_starve_the_link(
     open_pair: Any, autojump_clock: Any
 ) -> None:
     async with (
-        open_pair(_table(2), options=BusOptions(patience=0.5)) as pair,
+        open_pair(make_table(2), options=BusOptions(patience=0.5)) as pair,
         _one_way(pair, address=5, in_place=True) as (sender, one),
         _one_way(pair, address=6, in_place=True) as (_, other),
         _one_way(pair, address=7) as (_, third),
     ):
         await sender.send_to(b"1", 5)
         await sender.send_to(b"1", 6)
-        await _settle()
+        await settle()
         with trio.fail_after(1):
             await sender.send_to(b"1", 7)
             await third.receive()
@@ -395,7 +382,7 @@ async def test_only_those_that_are_not_read_lose(
     open_pair: Any, autojump_clock: Any, in_place: bool
 ) -> None:
     async with (
-        open_pair(_table(4)) as pair,
+        open_pair(make_table(4)) as pair,
         _one_way(pair, queue_limit=1, in_place=in_place) as (sender, unread),
         _one_way(pair, address=6, queue_limit=1, in_place=in_place) as (other_sender, read),
     ):
@@ -403,12 +390,12 @@ async def test_only_those_that_are_not_read_lose(
         for _ in range(copied + 2):
             for each in (sender, other_sender):
                 each.send_nowait(b"x")
-                await _settle()
+                await settle()
         assert (unread.statistics.held, read.statistics.held) == (2, 2)
         await trio.sleep(0.5)
         await read.receive()
         other_sender.send_nowait(b"y")  # all buffers are out again
-        await _settle()
+        await settle()
         await trio.sleep(0.75)
         assert unread.statistics.dropped == 2
         assert read.statistics.dropped == 0
@@ -418,7 +405,10 @@ async def test_only_those_that_are_not_read_lose(
 async def test_one_that_is_read_in_time_is_not_given_up(
     open_pair: Any, autojump_clock: Any
 ) -> None:
-    async with open_pair(_table(2)) as pair, _one_way(pair, queue_limit=1) as (sender, receiver):
+    async with (
+        open_pair(make_table(2)) as pair,
+        _one_way(pair, queue_limit=1) as (sender, receiver),
+    ):
         await _flood(sender)
         await trio.sleep(0.99)
         assert await _numbers(receiver) == [0, 1, 2]
@@ -430,12 +420,12 @@ async def test_below_half_of_the_buffers_nobody_is_given_up(
     open_pair: Any, autojump_clock: Any
 ) -> None:
     async with (
-        open_pair(_table(8)) as pair,
+        open_pair(make_table(8)) as pair,
         _one_way(pair, queue_limit=1, in_place=True) as (sender, receiver),
     ):
         for number in range(3):
             sender.send_nowait(bytes((number,)))
-            await _settle()
+            await settle()
         await trio.sleep(100)
         assert await _numbers(receiver) == [0, 1, 2]
         assert pair.remote.drops == Drops()
@@ -443,7 +433,7 @@ async def test_below_half_of_the_buffers_nobody_is_given_up(
 
 async def test_endless_patience(open_pair: Any, autojump_clock: Any) -> None:
     async with (
-        open_pair(_table(2), options=BusOptions(patience=math.inf)) as pair,
+        open_pair(make_table(2), options=BusOptions(patience=math.inf)) as pair,
         _one_way(pair, queue_limit=1) as (sender, receiver),
         _one_way(pair, address=6) as (other_sender, other),
     ):
@@ -459,7 +449,7 @@ async def test_endless_patience(open_pair: Any, autojump_clock: Any) -> None:
 
 async def test_messages_in_hand_are_nobodys_to_drop(open_pair: Any, autojump_clock: Any) -> None:
     async with (
-        open_pair(_table(4)) as pair,
+        open_pair(make_table(4)) as pair,
         _one_way(pair, in_place=True) as (sender, receiver),
     ):
         await _flood(sender)
@@ -468,7 +458,7 @@ async def test_messages_in_hand_are_nobodys_to_drop(open_pair: Any, autojump_clo
         assert [each.view[0] for each in held] == [0, 1, 2, 3]
         assert pair.remote.drops == Drops()
         held.pop().release()
-        await _settle()
+        await settle()
         assert await _flood(sender, 4) == 5
         await trio.sleep(10)  # the last buffer is kept by a queued message: that one goes
         assert pair.remote.drops == Drops(unread=1)
@@ -481,7 +471,7 @@ async def test_messages_in_hand_are_nobodys_to_drop(open_pair: Any, autojump_clo
 
 
 async def test_closing_it_is_in_time(open_pair: Any, autojump_clock: Any) -> None:
-    async with open_pair(_table(2)) as pair:
+    async with open_pair(make_table(2)) as pair:
         async with _one_way(pair, queue_limit=1) as (sender, receiver):
             await _flood(sender)
             await trio.sleep(0.5)
@@ -502,7 +492,7 @@ async def test_the_patience_begins_anew_after_a_restart(autojump_clock: Any) -> 
             await endpoint.send_many([b"x"] * 50)
 
     async with open_processor(LoopbackPlatform(talk)) as processor:
-        await processor.boot(python_firmware(_table(2)))
+        await processor.boot(python_firmware(make_table(2)))
         async with (
             open_bus(processor.rpmsg_device()) as bus,
             bus.open_endpoint(address=5, queue_limit=1, rebind=True) as endpoint,
@@ -510,7 +500,7 @@ async def test_the_patience_begins_anew_after_a_restart(autojump_clock: Any) -> 
             await trio.sleep(0.9)
             assert (bus.drops.unread, endpoint.statistics.held) == (0, 2)
             await processor.shutdown()
-            await processor.boot(python_firmware(_table(2)))
+            await processor.boot(python_firmware(make_table(2)))
             await bus.restart(processor.rpmsg_device())
             await trio.sleep(0.5)
             assert bus.drops.unread == 0
@@ -522,7 +512,10 @@ async def test_it_is_told_once_who_is_not_read(
     open_pair: Any, autojump_clock: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "openamp_py.rpmsg.bus"):
-        async with open_pair(_table(2)) as pair, _one_way(pair, queue_limit=1) as (sender, _unread):
+        async with (
+            open_pair(make_table(2)) as pair,
+            _one_way(pair, queue_limit=1) as (sender, _unread),
+        ):
             await _flood(sender)
             await trio.sleep(1.5)
             for _ in range(10):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from links import NAME, make_table, settle
 
 from openamp_py import (
     ADDRESS_ANY,
@@ -19,29 +20,15 @@ from openamp_py import (
     PeerGoneError,
     ServiceWatch,
 )
-from openamp_py.constants import NAME_SERVICE_ADDRESS, RPMSG_F_NS
-from openamp_py.remoteproc.resource_table import ResourceTable, Vdev, Vring
+from openamp_py.constants import NAME_SERVICE_ADDRESS
 from openamp_py.rpmsg.watch import EVENT_LIMIT
 from openamp_py.rpmsg.wire import encode_announcement
-
-NAME = "test-service"
-
-
-def _table(num: int = 256) -> ResourceTable:
-    vrings = (Vring(0x4000, 0x1000, num, 1), Vring(0x8000, 0x1000, num, 2))
-    return ResourceTable((Vdev(7, 0, RPMSG_F_NS, vrings=vrings),))
-
-
-async def _settle() -> None:
-    """Lets both sides handle what is under way: a bus looks when it is idle for the second time."""
-    for _ in range(3):
-        await trio.testing.wait_all_tasks_blocked()
 
 
 async def _seen(watch: ServiceWatch) -> list[Announcement]:
     """All that a watch has by now."""
     seen = []
-    await _settle()
+    await settle()
     with trio.CancelScope() as scope:
         async with trio.open_nursery() as nursery:
 
@@ -50,7 +37,7 @@ async def _seen(watch: ServiceWatch) -> list[Announcement]:
                     seen.append(announcement)
 
             nursery.start_soon(read)
-            await _settle()
+            await settle()
             scope.cancel()
     return seen
 
@@ -103,7 +90,7 @@ async def test_a_late_listener_is_told_what_is_in_force(open_pair: Any) -> None:
         async with pair.remote.open_endpoint("goes"):
             pass
         async with pair.remote.open_endpoint("also stays", address=1500):
-            await _settle()
+            await settle()
             async with pair.host.open_watch() as watch:
                 expected = [_came("stays", 2000), _came("also stays", 1500)]
                 assert await _seen(watch) == expected
@@ -139,10 +126,10 @@ async def test_an_early_listener_hears_it_when_it_comes(open_pair: Any) -> None:
 
         for task in (wait_service, wait_bound, see):
             nursery.start_soon(task)
-        await _settle()
+        await settle()
         assert heard == []
         async with pair.remote.open_endpoint(NAME, address=9):
-            await _settle()
+            await settle()
             assert len(heard) == 3
             for each in (Channel(NAME, 9), "bound", _came(NAME, 9)):
                 assert each in heard
@@ -151,7 +138,7 @@ async def test_an_early_listener_hears_it_when_it_comes(open_pair: Any) -> None:
 async def test_every_watch_sees_everything(open_pair: Any) -> None:
     async with open_pair() as pair, pair.host.open_watch() as one:
         async with pair.remote.open_endpoint("a", address=5), pair.host.open_watch() as other:
-            await _settle()
+            await settle()
             async with pair.remote.open_endpoint("b", address=6):
                 pass
             everything = [_came("a", 5), _came("b", 6), _went("b", 6)]
@@ -204,14 +191,14 @@ async def test_a_watch_is_bounded_and_says_what_it_missed(open_pair: Any) -> Non
         _announcing(pair.remote) as announce,
     ):
         await announce("before", 5)
-        await _settle()
+        await settle()
         async with pair.host.open_watch() as watch:
             rounds = EVENT_LIMIT // 2 + 10
             for _ in range(rounds):
                 await announce(NAME, 6)
                 await announce(NAME, 6, destroy=True)
                 await pair.remote.rest()
-            await _settle()
+            await settle()
             seen = await _seen(watch)
             # One more than the limit, because it began with one.
             assert watch.missed == 20
@@ -228,7 +215,7 @@ async def test_a_cancelled_reader_loses_nothing(open_pair: Any) -> None:
         with trio.CancelScope() as scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(watch.__anext__)
-                await _settle()
+                await settle()
                 async with _announcing(pair.remote) as announce:
                     await announce("a", 5)
                     scope.cancel()
@@ -240,7 +227,7 @@ async def test_a_cancelled_reader_loses_nothing(open_pair: Any) -> None:
         assert scope.cancelled_caught
         async with _announcing(pair.remote) as announce:
             await announce("b", 6)
-            await _settle()
+            await settle()
             with trio.CancelScope() as scope:
                 scope.cancel()
                 await watch.__anext__()
@@ -269,12 +256,12 @@ async def _expect_end(
 async def test_a_watch_ends_when_all_was_seen(open_pair: Any, how: str, waiting: bool) -> None:
     cause = PeerGoneError("the remote is gone")
     async with open_pair() as pair, pair.remote.open_endpoint(NAME, address=9):
-        await _settle()
+        await settle()
         bus = pair.remote if how == "reset" else pair.host
         if how == "reset":
             async with pair.host.open_endpoint("host's", address=8):
                 pass
-            await _settle()
+            await settle()
         expected = trio.ClosedResourceError if how in ("watch", "bus") else trio.BrokenResourceError
         announced = [] if how == "reset" else [_came(NAME, 9)]
         causes: list[BaseException | None] = []
@@ -287,7 +274,7 @@ async def test_a_watch_ends_when_all_was_seen(open_pair: Any, how: str, waiting:
                 async with bus.open_watch() as watch:
                     if waiting:
                         nursery.start_soon(read)
-                        await _settle()
+                        await settle()
                         assert causes == []
                     if how == "bus":
                         await bus.aclose()
@@ -296,7 +283,7 @@ async def test_a_watch_ends_when_all_was_seen(open_pair: Any, how: str, waiting:
                     elif how == "reset":
                         pair.host_device.end()
                     if how != "watch":
-                        await _settle()
+                        await settle()
                 if not waiting:
                     await read()
         (found,) = causes
@@ -365,7 +352,7 @@ async def test_both_sides_announce_at_the_same_time(open_pair: Any, polite: bool
                         await endpoint.wait_bound()
                     await endpoint.send(mine)
                     echoed.append((await endpoint.receive()).payload)
-                    await _settle()
+                    await settle()
 
             # Who is first differs by a few turns of trio.
             nursery.start_soon(one, pair.host, b"host", turn % 5)
@@ -373,12 +360,12 @@ async def test_both_sides_announce_at_the_same_time(open_pair: Any, polite: bool
             barrier.set()
             with trio.fail_after(5):
                 while len(echoed) < 2:
-                    await _settle()
+                    await settle()
             assert sorted(echoed) == [b"host", b"remote"]
 
 
 async def test_both_announce_many_at_once_and_every_one_finds_its_peer(open_pair: Any) -> None:
-    async with open_pair(_table(4)) as pair, trio.open_nursery() as nursery:
+    async with open_pair(make_table(4)) as pair, trio.open_nursery() as nursery:
         pairs: list[tuple[str, int, int | None]] = []
 
         async def one(bus: Bus, name: str) -> None:
@@ -394,7 +381,7 @@ async def test_both_announce_many_at_once_and_every_one_finds_its_peer(open_pair
             nursery.start_soon(one, pair.remote, name)
         with trio.fail_after(10):
             while len(pairs) < 60:
-                await _settle()
+                await settle()
         for name in names:
             (one_end, other_end) = [each[1:] for each in pairs if each[0] == name]
             assert one_end == other_end[::-1]
@@ -407,7 +394,7 @@ async def test_both_announce_many_at_once_and_every_one_finds_its_peer(open_pair
 @asynccontextmanager
 async def _at(bus: Bus, address: int, **options: Any) -> AsyncIterator[Endpoint]:
     async with bus.open_endpoint(NAME, address=address, **options) as endpoint:
-        await _settle()
+        await settle()
         yield endpoint
 
 
@@ -419,7 +406,7 @@ async def _fill(endpoint: Endpoint) -> int:
         except trio.WouldBlock:
             return count
         count += 1
-        await _settle()
+        await settle()
 
 
 async def _moves(
@@ -437,19 +424,19 @@ async def _moves(
                 if full:
                     await _fill(host)
                     nursery.start_soon(use, host)
-                    await _settle()
-            await _settle()
+                    await settle()
+            await settle()
             assert (host.is_bound, host.is_withdrawn) == (False, False)
             if not full:
                 nursery.start_soon(use, host)
-                await _settle()
+                await settle()
             async with _at(pair.remote, 3000) as moved:
                 assert host.destination == 3000
                 await moved.send(b"hello again")
-                await _settle()
+                await settle()
                 while moved.statistics.queued:
                     received += [message.payload for message in await moved.receive_many()]
-                    await _settle()
+                    await settle()
     assert pair.remote.statistics.held == pair.host.statistics.reserved == 0
     return received
 
@@ -481,7 +468,7 @@ async def _use_reserve(host: Endpoint) -> None:
 async def test_what_waits_to_be_sent_goes_where_the_peer_went(
     open_pair: Any, use: Callable[[Endpoint], Awaitable[None]], full: bool
 ) -> None:
-    async with open_pair(_table(2)) as pair:
+    async with open_pair(make_table(2)) as pair:
         received = await _moves(pair, use, full=full)
         assert received == ([b"precious", b"goods"] if use is _use_send_many else [b"precious"])
         unknown = pair.remote.drops.unknown_destination
@@ -513,7 +500,7 @@ async def test_iteration_goes_on(open_pair: Any) -> None:
                 async with _at(pair.remote, address) as remote:
                     await remote.wait_bound()
                     await remote.send(str(address).encode())
-                    await _settle()
+                    await settle()
             assert received == [b"2000", b"3000", b"2000"]
             nursery.cancel_scope.cancel()
 
@@ -534,7 +521,7 @@ async def test_nowait_forms_would_block_meanwhile(open_pair: Any) -> None:
     async with open_pair() as pair, pair.host.open_endpoint(NAME, rebind=True) as host:
         async with _at(pair.remote, 2000):
             host.send_nowait(b"x")
-        await _settle()
+        await settle()
         with pytest.raises(trio.WouldBlock, match="no peer"):
             host.send_nowait(b"x")
         with pytest.raises(trio.WouldBlock, match="no peer"):
@@ -547,7 +534,7 @@ async def test_nowait_forms_would_block_meanwhile(open_pair: Any) -> None:
 
 async def test_a_batch_goes_on_at_the_new_address_with_what_is_left(open_pair: Any) -> None:
     async with (
-        open_pair(_table(2)) as pair,
+        open_pair(make_table(2)) as pair,
         pair.host.open_endpoint(NAME, rebind=True) as host,
         trio.open_nursery() as nursery,
     ):
@@ -557,9 +544,9 @@ async def test_a_batch_goes_on_at_the_new_address_with_what_is_left(open_pair: A
             nursery.start_soon(host.send_many, payloads)
             while len(received) < 5:
                 received += [(await remote.receive()).payload]
-            await _settle()
+            await settle()
             lost = remote.statistics.queued
-        await _settle()
+        await settle()
         assert host.statistics.sent == 5 + lost
         async with _at(pair.remote, 3000) as moved:
             with trio.fail_after(5):
@@ -571,7 +558,7 @@ async def test_a_batch_goes_on_at_the_new_address_with_what_is_left(open_pair: A
 
 async def test_without_rebind_a_withdrawn_channel_ends_what_waits(open_pair: Any) -> None:
     async with (
-        open_pair(_table(2)) as pair,
+        open_pair(make_table(2)) as pair,
         pair.host.open_endpoint(NAME) as host,
         trio.open_nursery() as nursery,
     ):
@@ -591,9 +578,9 @@ async def test_without_rebind_a_withdrawn_channel_ends_what_waits(open_pair: Any
             nursery.start_soon(send, lambda: host.send_many([b"x", b"y"]))
             nursery.start_soon(send, lambda: _use_reserve(host))
             nursery.start_soon(receive)
-            await _settle()
+            await settle()
         with trio.move_on_after(5):
-            await _settle()
+            await settle()
     assert pair.remote.drops.unknown_destination == 0
 
 
@@ -601,13 +588,13 @@ async def test_a_withdrawal_wakes_who_waits_also_where_no_buffer_comes_back(
     open_pair: Any,
 ) -> None:
     async with (
-        open_pair(_table(2)) as pair,
+        open_pair(make_table(2)) as pair,
         pair.host.open_endpoint(NAME) as host,
         _at(pair.remote, 2000, queue_limit=1),
         _announcing(pair.remote) as announce,
     ):
         await host.wait_bound()
-        await _settle()
+        await settle()
         await _fill(host)
         errors: list[BaseException] = []
 
@@ -618,10 +605,10 @@ async def test_a_withdrawal_wakes_who_waits_also_where_no_buffer_comes_back(
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send)
-            await _settle()
+            await settle()
             assert errors == []
             await announce(NAME, 2000, destroy=True)
-            await _settle()
+            await settle()
             assert len(errors) == 1
             assert pair.remote.statistics.held == 2, "all buffers are still out"
             nursery.cancel_scope.cancel()
@@ -642,7 +629,7 @@ async def test_the_next_of_its_name_takes_the_place_of_one_that_leaves(
         pair.remote._endpoints[2000].close()
         async with _announcing(pair.remote) as announce:
             await announce(NAME, 2000, destroy=True)
-            await _settle()
+            await settle()
         assert host.destination == (3000 if rebind else None)
         assert host.is_withdrawn == (not rebind)
 
@@ -668,11 +655,11 @@ async def test_a_fixed_destination_is_not_followed(open_pair: Any) -> None:
         _at(pair.remote, 2000),
         pair.host.open_endpoint(NAME, destination=2000, rebind=True) as host,
     ):
-        await _settle()
+        await settle()
         async with _announcing(pair.remote) as announce:
             await announce(NAME, 2000, destroy=True)
             await announce(NAME, 3000)
-            await _settle()
+            await settle()
         assert host.destination == 2000
 
 
@@ -689,5 +676,5 @@ async def test_either_role_follows(open_pair: Any, host_first: bool) -> None:
                     await peer.wait_bound()
                     await endpoint.send(b"x")
                     assert await peer.receive() == (b"x", endpoint.address)
-                await _settle()
+                await settle()
                 assert not endpoint.is_bound
