@@ -277,8 +277,7 @@ async def _boot_ping_shutdown(core: str, cycles: int) -> None:
             if number >= 2:
                 flat.add(_open_descriptors())
         assert len(flat) == 1, f"descriptors: {flat}"
-        children = Path("/proc/self/task/self/children")
-        assert not children.exists() or children.read_text() == ""
+        assert Path("/proc/thread-self/children").read_text() == ""
 
 
 async def _crash_recover(cycles: int) -> None:

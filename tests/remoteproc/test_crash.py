@@ -483,7 +483,8 @@ async def test_cancelling_from_outside_stops_subdevices_before_the_core(
 
             async def look() -> None:
                 alive.append(processor.core is not None and processor.is_up)
-                alive.append(not processor._latest.ended.is_set())  # type: ignore[union-attr]
+                assert processor._latest is not None
+                alive.append(not processor._latest.ended.is_set())
 
             alive: list[bool] = []
             follower = _Follower(stop=look)
