@@ -543,17 +543,20 @@ async def test_a_program_that_starts_at_the_same_time_is_told(path: Path) -> Non
 @contextlib.contextmanager
 def _few_descriptors(free: int) -> Iterator[None]:
     """As if only so many descriptors could be opened."""
-    used = [int(name) for name in os.listdir("/proc/self/fd")]
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    filler = [os.open("/dev/null", os.O_RDONLY) for _ in range(max(used) + 1 - len(used) + free)]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(filler) + 1, hard))
-    for descriptor in sorted(filler)[len(filler) - free :]:
+    filler = [os.open("/dev/null", os.O_RDONLY)]
+    while filler[-1] <= highest:  # each takes the lowest number: until none is free below
+        filler.append(os.open("/dev/null", os.O_RDONLY))
+    spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(free)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(filler + spare) + 1, hard))
+    for descriptor in spare:
         os.close(descriptor)
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for descriptor in sorted(filler)[: len(filler) - free]:
+        for descriptor in filler:
             os.close(descriptor)
 
 
