@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Builds the native core, its keeper and its echo firmware with the machine's C compiler.
+"""Builds the native core, its keeper, a tether and its echo firmware with the machine's C compiler.
 
-``python3 csrc/firmware/build.py OUTPUT_DIR`` writes ``native-core`` and ``native-keeper``
-(csrc/native_core.c and csrc/native_keeper.c, ordinary programs) and ``echo-native.elf`` (the
+``python3 csrc/firmware/build.py OUTPUT_DIR`` writes ``native-core``, ``native-keeper`` and
+``tether`` (csrc/native_core.c and so on, ordinary programs) and ``echo-native.elf`` (the
 sources beside this file, freestanding). The compiler is ``$CC``, else ``cc``; a cross compiler for
 a supported machine works too.
 """
@@ -20,10 +20,14 @@ from pathlib import Path
 FIRMWARE_DIR = Path(__file__).resolve().parent
 CORE_SOURCE = FIRMWARE_DIR.parent / "native_core.c"
 KEEPER_SOURCE = FIRMWARE_DIR.parent / "native_keeper.c"
+TETHER_SOURCE = FIRMWARE_DIR.parent / "tether.c"
 
 CORE_NAME = "native-core"
 KEEPER_NAME = "native-keeper"
+TETHER_NAME = "tether"
 FIRMWARE_NAME = "echo-native.elf"
+
+_PROGRAMS = {CORE_NAME: CORE_SOURCE, KEEPER_NAME: KEEPER_SOURCE, TETHER_NAME: TETHER_SOURCE}
 
 _WARNINGS = ("-Wall", "-Wextra", "-Wconversion", "-Wshadow")
 
@@ -101,14 +105,12 @@ def build(output_dir: Path, compiler: Sequence[str] | None = None) -> tuple[Path
         raise BuildError(f"the C compiler is for {target}; there is a native core for {known}")
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    core, keeper = output_dir / CORE_NAME, output_dir / KEEPER_NAME
     firmware = output_dir / FIRMWARE_NAME
     with tempfile.TemporaryDirectory(prefix=".build-", dir=output_dir) as scratch_name:
         scratch = Path(scratch_name)
-        new_core, new_keeper = scratch / CORE_NAME, scratch / KEEPER_NAME
         new_firmware = scratch / FIRMWARE_NAME
-        _run([*cc, *_CORE_FLAGS, str(CORE_SOURCE), "-o", str(new_core)])
-        _run([*cc, *_CORE_FLAGS, str(KEEPER_SOURCE), "-o", str(new_keeper)])
+        for name, source in _PROGRAMS.items():
+            _run([*cc, *_CORE_FLAGS, str(source), "-o", str(scratch / name)])
         _run(
             [
                 *cc,
@@ -121,13 +123,12 @@ def build(output_dir: Path, compiler: Sequence[str] | None = None) -> tuple[Path
                 str(new_firmware),
             ]
         )
-        new_core.chmod(0o755)
-        new_keeper.chmod(0o755)
         new_firmware.chmod(0o644)
-        new_core.replace(core)
-        new_keeper.replace(keeper)
+        for name in _PROGRAMS:
+            (scratch / name).chmod(0o755)
+            (scratch / name).replace(output_dir / name)
         new_firmware.replace(firmware)
-    return core, firmware
+    return output_dir / CORE_NAME, firmware
 
 
 def main() -> int:

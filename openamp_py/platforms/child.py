@@ -128,9 +128,12 @@ def create_memory(name: str, size: int) -> SharedMemory:
 
 
 def spawn(
-    command: Sequence[str | os.PathLike[str]], pass_fds: Sequence[int]
+    command: Sequence[str | os.PathLike[str]],
+    pass_fds: Sequence[int],
+    *,
+    stderr: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts a program with the given descriptors and no standard streams but stderr.
+    """Starts a program with the given descriptors and no standard streams but stderr: ours, or one.
 
     From this very thread, on purpose: a parent-death signal fires when the thread that started
     the child ends, so a worker thread would not do.
@@ -144,6 +147,7 @@ def spawn(
             pass_fds=pass_fds,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            stderr=stderr,
             process_group=0,  # Ctrl-C at the terminal is the host's business
         )
     except OSError as error:

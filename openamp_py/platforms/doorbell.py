@@ -41,8 +41,14 @@ class Doorbell:
         """The socket's descriptor, for a loop in C that kicks and waits itself; -1 once closed."""
         return self._socket.fileno()
 
-    async def run(self, notified: Callable[[], None]) -> None:
-        """Calls `notified` for each batch of kicks, until the other end is closed."""
+    async def run(
+        self, notified: Callable[[], None], heard_bytes: Callable[[bytes], None] | None = None
+    ) -> None:
+        """Calls `notified` for each batch of kicks, until the other end is closed.
+
+        Args:
+            heard_bytes: is told of the bytes themselves first, for who finds more in them.
+        """
         while True:
             await trio.lowlevel.wait_readable(self._socket)
             # Whoever a look at the rings woke already answers first: the peer may be waiting.
@@ -53,6 +59,8 @@ class Doorbell:
                 continue
             except ConnectionResetError:
                 heard = b""
+            if heard_bytes is not None:
+                heard_bytes(heard)
             notified()
             if not heard:
                 return

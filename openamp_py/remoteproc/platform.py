@@ -148,6 +148,11 @@ class Platform(abc.ABC):
     memory: MemoryMap
     buffer_area: tuple[int, int] | None = None
 
+    @property
+    def console(self) -> str:
+        """The end of what the core of the latest start wrote to its console, if it has one."""
+        return ""
+
     def check(self, firmware: Firmware) -> None:
         """Raises ImageError when this core cannot run the image."""
 
