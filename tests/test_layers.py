@@ -34,6 +34,8 @@ FLOORS = {
     "remoteproc.lifecycle": 3,
     "remoteproc.plan": 3,
     "firmware": 3,
+    "platforms.boards": 3,
+    "platforms.registers": 3,
     "background": 4,
     "feed": 4,
     "host": 4,
