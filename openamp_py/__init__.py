@@ -27,6 +27,7 @@ from openamp_py.platforms import (
     LoopbackPlatform,
     NativePlatform,
     ProcessPlatform,
+    QemuPlatform,
     ShmAddress,
     ShmLink,
 )
@@ -149,6 +150,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "Platform",
     "NativePlatform",
     "ProcessPlatform",
+    "QemuPlatform",
     "LoopbackPlatform",
     "Core",
     "Link",

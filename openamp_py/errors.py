@@ -97,6 +97,7 @@ class CoreCrashedError(CoreDiedError):
         signal: number of the signal, if there was one.
         address: the address that faulted, where the platform knows it.
         pc: the instruction that faulted, where the platform knows it.
+        fault: what the machine says about the fault, in words, where the platform can ask it.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class CoreCrashedError(CoreDiedError):
         pc: int | None = None,
         kind: CrashKind = CrashKind.FATAL_ERROR,
         registers: Mapping[str, int] | None = None,
+        fault: str | None = None,
     ) -> None:
         super().__init__(message, exit_code=exit_code)
         self.signal = signal
@@ -116,6 +118,7 @@ class CoreCrashedError(CoreDiedError):
         self.pc = pc
         self.kind = kind
         self.registers = dict(registers or {})
+        self.fault = fault
 
 
 class CoreResetError(CoreDiedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import trio
 
@@ -51,7 +52,7 @@ async def open_host_bus(
 
     Args:
         processor: whose.
-        options: how the bus works the link.
+        options: how the bus works the link; without a `recheck` of theirs, the core's.
         index: of the device in the table; by default the first RPMsg device. That one also goes
             on with what a host before told of it (see `Session.detach`).
 
@@ -63,6 +64,8 @@ async def open_host_bus(
         trio.BrokenResourceError: the core was gone before the bus was up.
     """
     device = _find_device(processor, index)
+    if options.recheck is None and processor.core is not None:
+        options = replace(options, recheck=processor.core.recheck)
     async with open_bus(device, options, _find_handover(processor, index)) as bus:
         subdevice = _BusSubdevice(bus, processor, index)
         processor.add_subdevice(subdevice)

@@ -1,10 +1,18 @@
-"""Where remotes run: the native core, another process, this process, or a program elsewhere."""
+"""Where remotes run: native or emulated cores, another process, this one, or elsewhere."""
 
 from __future__ import annotations
 
 from openamp_py.platforms.loopback import LoopbackPlatform
 from openamp_py.platforms.native import NativePlatform
 from openamp_py.platforms.process import ProcessPlatform
+from openamp_py.platforms.qemu import QemuPlatform
 from openamp_py.platforms.shm import ShmAddress, ShmLink
 
-__all__ = ["LoopbackPlatform", "NativePlatform", "ProcessPlatform", "ShmAddress", "ShmLink"]
+__all__ = [
+    "LoopbackPlatform",
+    "NativePlatform",
+    "ProcessPlatform",
+    "QemuPlatform",
+    "ShmAddress",
+    "ShmLink",
+]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import socket
+import termios
 from collections.abc import Callable
 
 import trio
@@ -36,6 +39,14 @@ class Doorbell:
         except OSError:
             if self._socket.fileno() >= 0:
                 raise
+
+    @property
+    def is_unheard(self) -> bool:
+        """Whether there are kicks that the other end has not taken yet."""
+        count = bytearray(4)
+        with contextlib.suppress(OSError):  # closed
+            fcntl.ioctl(self._socket, termios.TIOCOUTQ, count)
+        return any(count)
 
     def fileno(self) -> int:
         """The socket's descriptor, for a loop in C that kicks and waits itself; -1 once closed."""

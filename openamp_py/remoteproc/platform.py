@@ -71,6 +71,8 @@ class Core(abc.ABC):
         machine: its e_machine in an ELF, for the coredump; 0 where it runs no machine code.
         elf_class: 32 or 64, for the same.
         note: what the host that detached from it left for the next one.
+        recheck: seconds after which a bus is to look at its rings without a kick, where the core
+            cannot be trusted to kick whenever it should; None where it can.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Core(abc.ABC):
     machine: int = 0
     elf_class: int = 32
     note: bytes = b""
+    recheck: float | None = None
 
     @abc.abstractmethod
     def kick(self, notify_id: int) -> None:

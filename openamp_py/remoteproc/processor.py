@@ -970,8 +970,10 @@ def _complete(report: CoreCrashedError, words: OpenAMPError) -> CoreCrashedError
     if isinstance(words, CoreCrashedError):
         report.registers, report.pc = words.registers, words.pc
         report.signal, report.exit_code = words.signal, words.exit_code
+        report.address, report.fault = words.address, words.fault
         if report.pc is not None:
-            report.args = (f"{report.args[0]} (it was at pc {report.pc:#x})",)
+            fault = f", after a {report.fault}" if report.fault else ""
+            report.args = (f"{report.args[0]} (it was at pc {report.pc:#x}{fault})",)
     return report
 
 
