@@ -10,11 +10,17 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Ring the host's doorbell for a notify id; must not block. */
+/*
+ * Ring the host's doorbell for a notify id; must not block. A host that has rings of ours unheard
+ * need not hear this one: it will look at everything.
+ */
 void port_kick(uint32_t notify_id);
 
 /* Sleep until the host rings; rings that came before the call count. False = the host is gone. */
 bool port_wait(void);
+
+/* Text for people who watch the board's console; lost where there is none or it is full. */
+void port_console(const char *text, uint32_t length);
 
 /* Order all earlier stores before all later loads, as the host sees them. */
 void port_full_fence(void);

@@ -59,6 +59,13 @@ bool port_wait(void)
     return soc->wait() == 0;
 }
 
+/* There is no console: the host reads the trace buffer. */
+void port_console(const char *text, uint32_t length)
+{
+    (void)text;
+    (void)length;
+}
+
 void port_full_fence(void)
 {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);

@@ -2,6 +2,7 @@
 #include "trace.h"
 
 #include "freestanding.h"
+#include "port.h"
 
 char trace_buffer[TRACE_SIZE];
 
@@ -75,6 +76,7 @@ void trace_end(void)
         drop_older_half();
     memcpy(trace_buffer + used, line, line_length);
     used += line_length;
+    port_console(line, line_length);
     line_length = 0;
 }
 
