@@ -122,6 +122,20 @@ TARGETS: Mapping[str, Target] = {
     "cortex-m3": _cortex_m(
         "cortex-m3", 0x2100_0000, doorbell=0x4000_5000, interrupt=2, console=0x4000_4000
     ),
+    "mps2-an500": _cortex_m(
+        "cortex-m7", 0x6000_0000, doorbell=0x4000_5000, interrupt=2, console=0x4000_4000
+    ),
+    # Also mps2-an521. These and the next ones start in secure state: the UARTs' secure aliases.
+    "mps2-an505": _cortex_m(
+        "cortex-m33", 0x8000_0000, doorbell=0x5020_1000, interrupt=34, console=0x5020_0000
+    ),
+    "mps3-an524": _cortex_m(
+        "cortex-m33", 0x6000_0000, doorbell=0x5130_4000, interrupt=34, console=0x5130_3000
+    ),
+    # A Cortex-M55, which takes the M33's code: its vector unit would have to be switched on.
+    "mps3-an547": _cortex_m(
+        "cortex-m33", 0x6000_0000, doorbell=0x5930_4000, interrupt=35, console=0x5930_3000
+    ),
     "rv32": _riscv(32, "ilp32"),
     "rv64": _riscv(64, "lp64"),
 }

@@ -8,13 +8,25 @@
 #pragma GCC optimize("no-tree-loop-distribute-patterns")
 #endif
 
+#define BLOCK 16u
+
+typedef uint32_t aliased_word __attribute__((may_alias));
+
 /*
- * Sixteen bytes with the alignment of a word: vector or multiple-word moves where the machine has
- * them.
+ * Sixteen bytes: vector or multiple-word moves where the machine has them. Word by word, for some
+ * compilers make a call of memcpy of a struct's assignment.
  */
-struct block {
-    uint32_t word[4];
-} __attribute__((may_alias));
+static void copy_block(unsigned char *to, const unsigned char *from)
+{
+    aliased_word *target = (aliased_word *)(void *)to;
+    const aliased_word *source = (const aliased_word *)(const void *)from;
+    uint32_t word[4] = {source[0], source[1], source[2], source[3]};
+
+    target[0] = word[0];
+    target[1] = word[1];
+    target[2] = word[2];
+    target[3] = word[3];
+}
 
 /* Forward copy; also right for overlapping memory when to is below from. */
 void *memcpy(void *to, const void *from, size_t size)
@@ -23,10 +35,10 @@ void *memcpy(void *to, const void *from, size_t size)
     const unsigned char *source = from;
 
     if ((((uintptr_t)target | (uintptr_t)source) & (sizeof(uint32_t) - 1)) == 0) {
-        for (; size >= sizeof(struct block); size -= sizeof(struct block)) {
-            *(struct block *)(void *)target = *(const struct block *)(const void *)source;
-            target += sizeof(struct block);
-            source += sizeof(struct block);
+        for (; size >= BLOCK; size -= BLOCK) {
+            copy_block(target, source);
+            target += BLOCK;
+            source += BLOCK;
         }
     }
     for (; size > 0; size--)
