@@ -6,6 +6,8 @@
  */
 #include "table.h"
 
+    .file "table.S" /* else a symbol has the name of a temporary file */
+
     .section .resource_table, "aw", %progbits
     .balign 8
     .globl resource_table
