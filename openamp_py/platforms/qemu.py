@@ -56,11 +56,13 @@ _ARM: Final = 40  # e_machine
 _FAULT_STATUS: Final = 0xE000_ED28  # Cortex-M: CFSR, HFSR, DFSR, MMFAR, BFAR
 _FAULT_WORDS: Final = 5
 
-_FAILED: Final = {
-    "guest-reset": "asked for a reset",
-    "guest-panic": "panicked",
-    "host-signal": "its QEMU was told to end by a signal",
+_WORDS_FOR: Final = {
+    None: "the core was interrupted",
+    "guest-reset": "the core faulted",
+    "GUEST_PANICKED": "the core panicked",
+    "WATCHDOG": "the core's watchdog has expired",
 }
+"""What is said of a core that is examined, by the event that QEMU reported."""
 
 
 class QemuPlatform(Platform):
@@ -304,7 +306,12 @@ class QemuCore(Core):
             await qmp.execute("system_reset")
         await qmp.execute("set-action", reboot="shutdown", shutdown="pause", watchdog="pause")
         if not self._platform.waits_for_debugger:
-            await qmp.execute("cont")
+            try:
+                await qmp.execute("cont")
+            except PlatformError:
+                if not qmp.ended:
+                    raise
+                # The core has ended in its first instructions: that is for whoever hears its end.
 
     async def _explain(self, machine: Machine, pidfd: int, problem: PlatformError) -> PlatformError:
         """Why a QEMU did not start, in its own words if it has any."""
@@ -360,6 +367,8 @@ class QemuCore(Core):
         if self._halted is not None:
             return _exited(self._halted)
         event = self._event
+        if event == "host-signal":
+            return CoreCrashedError("the core's QEMU was told to end by a signal")
         if event is not None or self._interrupted:
             with trio.move_on_after(_EXAMINE_GRACE):
                 try:
@@ -401,17 +410,11 @@ class QemuCore(Core):
         status = await self._read_fault_status(machine)
         await self._save_private(machine)
         fault = self._find_fault(registers, status)
-        if event is None:
-            return self._crash("the core was interrupted", registers, fault)
-        if event == "WATCHDOG":
-            what = "the core's watchdog has expired"
-            return self._crash(what, registers, fault, kind=CrashKind.WATCHDOG)
         if event == "guest-reset" and fault is None:
             return CoreResetError("the core asked for a reset")
-        if event == "guest-reset":
-            return self._crash("the core faulted", registers, fault)
-        why = _FAILED.get(event, f"ended ({event})")
-        return self._crash(f"the core: {why}", registers, fault)
+        what = _WORDS_FOR.get(event, f"the core ended ({event})")
+        kind = CrashKind.WATCHDOG if event == "WATCHDOG" else None
+        return self._crash(what, registers, fault, kind=kind)
 
     async def _quit(self, machine: Machine, pidfd: int) -> OpenAMPError | None:
         """A core that has switched itself off: its exit code is QEMU's."""
@@ -451,15 +454,16 @@ class QemuCore(Core):
         fault: Fault | None,
         *,
         number: signal.Signals | None = None,
-        kind: CrashKind = CrashKind.FATAL_ERROR,
+        kind: CrashKind | None = None,
     ) -> CoreCrashedError:
         pc = registers.get("pc")
         address = said = None
         if fault is not None:
-            registers, pc, address = fault.registers, fault.pc, fault.address
-            what = f"{what}: {fault.what}"
-            said = fault.what
-            kind = CrashKind.MMU_FAULT if address is not None else kind
+            registers, pc = fault.registers, fault.pc
+            address, said = fault.address, fault.what
+            what = f"{what}: {said}"
+        if kind is None:
+            kind = CrashKind.FATAL_ERROR if address is None else CrashKind.MMU_FAULT
         where = "pc unknown" if pc is None else f"pc {pc:#x}"
         return CoreCrashedError(
             f"{what} ({where})",

@@ -26,6 +26,9 @@ class Qmp:
     Made, and closed, by whoever starts the QEMU. Its `run` reads, and is to be going on while
     commands are executed.
 
+    Attributes:
+        ended: nothing comes any more.
+
     Args:
         sock: one end of a stream socket; owned from here on.
     """
@@ -40,7 +43,7 @@ class Qmp:
         self._answers: dict[int, dict[str, Any]] = {}
         self._greeting: dict[str, Any] = {}
         self._greeted = trio.Event()
-        self._ended = False
+        self.ended = False
         self._nudges: set[int] = set()
 
     async def run(self, on_event: EventHandler) -> None:
@@ -66,7 +69,7 @@ class Qmp:
                     if line.strip() and not self._take(line, on_event):
                         return
         finally:
-            self._ended = True
+            self.ended = True
             self._greeted.set()
             trio.lowlevel.notify_closing(self._socket)  # who waits to send to it is told, too
             for event in self._waiting.values():
@@ -127,7 +130,7 @@ class Qmp:
         try:
             self._queue(number, command, arguments)
             await self._flush()
-            if not self._ended:
+            if not self.ended:
                 await self._waiting[number].wait()
             answer = self._answers.pop(number, None)
         finally:
@@ -182,7 +185,7 @@ class Qmp:
 
     async def _flush(self) -> None:
         self._send()
-        while self._outbox and not self._ended:
+        while self._outbox and not self.ended:
             async with self._sending:
                 with contextlib.suppress(trio.ClosedResourceError):
                     await trio.lowlevel.wait_writable(self._socket)
