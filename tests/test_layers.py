@@ -24,6 +24,7 @@ FLOORS = {
     "rpmsg.statistics": 3,
     "rpmsg.in_place": 3,
     "rpmsg.handover": 3,
+    "remoteproc.attributes": 3,
     "remoteproc.elf": 3,
     "remoteproc.images": 3,
     "remoteproc.lint": 3,

@@ -82,12 +82,18 @@ class RegisterSet:
         word: bytes of each.
         offset: of the first one.
         size: bytes of the structure.
+        aliases: other names of some, and those of theirs that are in `names`.
     """
 
     names: tuple[str, ...]
     word: int
     offset: int
     size: int
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    def own_names(self, registers: Mapping[str, int]) -> dict[str, int]:
+        """The same registers, by the names that are in `names` where they have such."""
+        return {self.aliases.get(name, name): value for name, value in registers.items()}
 
 
 _X86_64: Final = (
@@ -96,10 +102,23 @@ _X86_64: Final = (
     *("fs_base", "gs_base", "ds", "es", "fs", "gs"),
 )
 _AARCH64: Final = (*(f"x{number}" for number in range(31)), "sp", "pc", "cpsr")
+_ARM: Final = (
+    *(f"r{number}" for number in range(13)),
+    *("sp", "lr", "pc", "cpsr", "orig_r0"),
+)
+_RISCV: Final = (
+    *("pc", "ra", "sp", "gp", "tp", "t0", "t1", "t2", "fp", "s1"),
+    *(f"a{number}" for number in range(8)),
+    *(f"s{number}" for number in range(2, 12)),
+    *("t3", "t4", "t5", "t6"),
+)
 
 REGISTER_SETS: Final[Mapping[tuple[int, int], RegisterSet]] = {
     (62, 64): RegisterSet(_X86_64, 8, 112, 336),
     (183, 64): RegisterSet(_AARCH64, 8, 112, 392),
+    (40, 32): RegisterSet(_ARM, 4, 72, 148, {"xpsr": "cpsr"}),  # gdb's word on a Cortex-M
+    (243, 32): RegisterSet(_RISCV, 4, 72, 204, {"s0": "fp"}),
+    (243, 64): RegisterSet(_RISCV, 8, 112, 376, {"s0": "fp"}),
 }
 """By e_machine and ELF class."""
 
@@ -310,8 +329,9 @@ def _notes(dump: Coredump, layout: _Layout) -> Iterator[bytes]:
         lines.append(f"kind: {dump.kind.value}")
     if dump.time is not None:
         lines.append(f"time: {datetime.fromtimestamp(dump.time, UTC).isoformat()}")
+    registers = dump.registers if known is None else known.own_names(dump.registers)
     names = () if known is None else known.names
-    lines += [f"{name}: {value:#x}" for name, value in dump.registers.items() if name not in names]
+    lines += [f"{name}: {value:#x}" for name, value in registers.items() if name not in names]
     if lines:
         text = "".join(f"{line}\n" for line in lines)
         yield _note(NOTE_OWNER, NOTE_REASON, text.encode(errors="backslashreplace"))
@@ -324,10 +344,11 @@ def _prstatus(dump: Coredump, known: RegisterSet) -> bytes:
     struct.pack_into("<iiih", status, 0, dump.signal, 0, 0, dump.signal)
     # pr_sigpend and pr_sighold, a word each, stand between pr_cursig and pr_pid
     struct.pack_into("<i", status, 16 + 2 * known.word, _THREAD)
+    registers = known.own_names(dump.registers)
     mask = (1 << 8 * known.word) - 1
     for index, name in enumerate(known.names):
         start = known.offset + index * known.word
-        value = dump.registers.get(name, 0) & mask
+        value = registers.get(name, 0) & mask
         status[start : start + known.word] = value.to_bytes(known.word, "little")
     return bytes(status)
 

@@ -20,6 +20,7 @@ from elftools.elf.enums import ENUM_E_MACHINE
 from elftools.elf.structs import ELFStructs
 
 from openamp_py.errors import ImageError, ResourceTableError
+from openamp_py.remoteproc.attributes import ARM_ATTRIBUTES, decode_architecture_untrusted
 from openamp_py.remoteproc.resource_table import ResourceTable, decode_table_untrusted
 
 TABLE_SECTION: Final = ".resource_table"
@@ -30,6 +31,9 @@ MAX_PROGRAM_HEADERS: Final = 1024
 
 _EXTENDED_NUMBERING: Final = 0xFF00  # SHN_LORESERVE: from here on e_shnum is 0
 
+_MAX_ATTRIBUTES: Final = 4096
+"""Our limit, of the bytes of build attributes that are looked at; real ones have fewer than 100."""
+
 _TABLE_NAME: Final = TABLE_SECTION.encode() + b"\0"
 _MAGIC: Final = b"\x7fELF"
 _IDENT_SIZE: Final = 16  # EI_NIDENT
@@ -38,7 +42,8 @@ _EI_DATA: Final = 5
 _LITTLE_ENDIAN: Final = 1  # ELFDATA2LSB
 _CLASSES: Final = {1: 32, 2: 64}  # ELFCLASS32, ELFCLASS64
 
-_MACHINE_NAMES: Final = {40: "ARM", 62: "x86-64", 183: "AArch64", 243: "RISC-V"}
+_ARM: Final = 40
+_MACHINE_NAMES: Final = {_ARM: "ARM", 62: "x86-64", 183: "AArch64", 243: "RISC-V"}
 
 # A position-independent image is taken as it is, at the addresses it was linked for: Linux
 # loads both alike, and some linkers call every firmware "dynamic".
@@ -96,6 +101,7 @@ class Firmware:
         segments: by device address, not overlapping.
         table: the resource table, if the firmware has one.
         table_da: device address at which the table is loaded.
+        arm_architecture: what an ARM image is built for, as in "v7-M"; None where it does not say.
     """
 
     elf_class: int = 0
@@ -105,6 +111,7 @@ class Firmware:
     segments: tuple[Segment, ...] = ()
     table: ResourceTable | None = None
     table_da: int | None = None
+    arm_architecture: str | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return all but the segments' data as plain JSON."""
@@ -116,6 +123,7 @@ class Firmware:
             "segments": [segment.to_dict() for segment in self.segments],
             "table": None if self.table is None else self.table.to_dict(),
             "table_da": self.table_da,
+            "arm_architecture": self.arm_architecture,
         }
 
 
@@ -203,6 +211,7 @@ def decode_elf_untrusted(image: bytes | memoryview) -> Firmware:
         ),
         table=table,
         table_da=table_da,
+        arm_architecture=_find_architecture(image, structs, header) if machine == _ARM else None,
     )
 
 
@@ -326,6 +335,19 @@ def _find_table(image: bytes, structs: ELFStructs, header: Container) -> _Sectio
             )
         found = _decode_table_section(image, number, shdr)
     return found
+
+
+def _find_architecture(image: bytes, structs: ELFStructs, header: Container) -> str | None:
+    """Look for the build attributes; they only help to choose a core, so nothing is refused."""
+    if not header["e_shoff"]:
+        return None
+    for at in _header_offsets(image, structs.Elf_Shdr, header, "sh", "section headers"):
+        shdr = _parse(structs.Elf_Shdr, image, at)
+        kind: object = shdr["sh_type"]  # a name where pyelftools knows it without the machine
+        if kind == ARM_ATTRIBUTES:
+            end = shdr["sh_offset"] + min(shdr["sh_size"], _MAX_ATTRIBUTES)
+            return decode_architecture_untrusted(image[shdr["sh_offset"] : end])
+    return None
 
 
 def _decode_table_section(image: bytes, number: int, shdr: Container) -> _Section:

@@ -330,6 +330,7 @@ def test_plain_form_is_json() -> None:
         "machine_name": "ARM",
         "entry": 0x1000,
         "table_da": 0x2000,
+        "arm_architecture": None,
     }
     assert Firmware().to_dict()["table"] is None
 
