@@ -15,6 +15,9 @@ from openamp_py.rpmsg.handover import NOTHING
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 from openamp_py.virtio import VirtioDevice
 
+_RECHECK = 0.05
+"""Seconds between looks at the rings of a core whose kicks may be missing."""
+
 
 class _BusSubdevice(Subdevice):
     """Lets a bus go on with each start of its processor, before that counts as running."""
@@ -52,7 +55,7 @@ async def open_host_bus(
 
     Args:
         processor: whose.
-        options: how the bus works the link; without a `recheck` of theirs, the core's.
+        options: how the bus works the link; a core that is out of order gets the quirks it needs.
         index: of the device in the table; by default the first RPMsg device. That one also goes
             on with what a host before told of it (see `Session.detach`).
 
@@ -64,8 +67,8 @@ async def open_host_bus(
         trio.BrokenResourceError: the core was gone before the bus was up.
     """
     device = _find_device(processor, index)
-    if options.recheck is None and processor.core is not None:
-        options = replace(options, recheck=processor.core.recheck)
+    if processor.core is not None and processor.core.is_out_of_order:
+        options = replace(options, always_kick=True, recheck=options.recheck or _RECHECK)
     async with open_bus(device, options, _find_handover(processor, index)) as bus:
         subdevice = _BusSubdevice(bus, processor, index)
         processor.add_subdevice(subdevice)

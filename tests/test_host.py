@@ -20,6 +20,9 @@ from openamp_py import (
     serve_remote,
     shipped_echo,
 )
+from openamp_py.platforms.keeper import KeptCore
+from openamp_py.platforms.native import NativeCore
+from openamp_py.remoteproc.elf import Firmware
 from openamp_py.rpmsg import Bus
 
 CRASH = (0xEF56A501).to_bytes(4, "little")
@@ -96,3 +99,29 @@ async def test_a_bus_that_was_closed_does_not_stop_the_next_start() -> None:
             await processor.shutdown()
             await processor.boot()
             assert processor.is_up
+
+
+class _OutOfOrderPlatform(NativePlatform):
+    def create_core(self, firmware: Firmware) -> NativeCore | KeptCore:
+        core = super().create_core(firmware)
+        core.is_out_of_order = True
+        return core
+
+
+@pytest.mark.parametrize("kind", [NativePlatform, _OutOfOrderPlatform])
+async def test_a_core_that_is_out_of_order_is_always_kicked(kind: type[NativePlatform]) -> None:
+    with trio.fail_after(LIMIT):
+        async with open_processor(kind()) as processor:
+            await processor.boot(shipped_echo())
+            async with (
+                open_host_bus(processor) as bus,
+                bus.open_endpoint(ECHO_CHANNEL) as endpoint,
+            ):
+                await endpoint.wait_bound()
+                sent = 0
+                while not bus.statistics.kicks_suppressed and sent < 2000:
+                    await endpoint.send_many([b"x"] * 100)
+                    sent += 100
+                    for _ in range(100):
+                        await endpoint.receive()
+                assert (bus.statistics.kicks_suppressed == 0) == (kind is _OutOfOrderPlatform)

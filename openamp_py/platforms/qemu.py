@@ -46,11 +46,7 @@ _LOOK_FIRST, _LOOK_LAST = 0.001, 0.1
 """Seconds after the start until it is looked whether kicks arrive, and between looks at last."""
 
 _HONEST_FENCES: Final = (8, 1)
-"""Before this version QEMU leaves barriers out where there is one CPU. A core that says that it
-needs no kick, and then looks whether there is work, may miss both."""
-
-_RECHECK: Final = 0.05
-"""Seconds until such a miss is noticed."""
+"""Before this version QEMU leaves barriers out where there is one CPU."""
 
 _ARM: Final = 40  # e_machine
 _FAULT_STATUS: Final = 0xE000_ED28  # Cortex-M: CFSR, HFSR, DFSR, MMFAR, BFAR
@@ -301,7 +297,7 @@ class QemuCore(Core):
                 f"{_dotted(MIN_VERSION)} or newer is needed"
             )
         if version[:2] < _HONEST_FENCES:
-            self.recheck = _RECHECK
+            self.is_out_of_order = True
         if machine.wants_reset:  # it has not seen what was loaded since
             await qmp.execute("system_reset")
         await qmp.execute("set-action", reboot="shutdown", shutdown="pause", watchdog="pause")

@@ -71,8 +71,9 @@ class Core(abc.ABC):
         machine: its e_machine in an ELF, for the coredump; 0 where it runs no machine code.
         elf_class: 32 or 64, for the same.
         note: what the host that detached from it left for the next one.
-        recheck: seconds after which a bus is to look at its rings without a kick, where the core
-            cannot be trusted to kick whenever it should; None where it can.
+        is_out_of_order: what it writes may be seen in another order than it wrote it, so that
+            each side may miss that the other is about to sleep: a bus kicks always then, and looks
+            at its rings now and then without a kick.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Core(abc.ABC):
     machine: int = 0
     elf_class: int = 32
     note: bytes = b""
-    recheck: float | None = None
+    is_out_of_order: bool = False
 
     @abc.abstractmethod
     def kick(self, notify_id: int) -> None:
