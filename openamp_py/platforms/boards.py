@@ -5,13 +5,19 @@ Reference: QEMU, ``hw/arm/mps2.c``, ``hw/arm/mps2-tz.c``, ``hw/arm/virt.c``, ``h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import struct
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from openamp_py.constants import DA_ANY
 from openamp_py.errors import ImageError
-from openamp_py.remoteproc.elf import Firmware, machine_name
+from openamp_py.remoteproc.elf import Firmware, Segment, machine_name
+from openamp_py.vring import VringLayout
+
+_logger = logging.getLogger(__name__)
 
 ARM: Final = 40
 AARCH64: Final = 183
@@ -19,6 +25,11 @@ RISCV: Final = 243
 """ELF machine numbers of the boards."""
 
 _MiB: Final = 1 << 20
+_THUMB: Final = 1  # in an address to jump to: 16-bit instructions, all that a Cortex-M has
+
+# The beginning of a vector table: stack pointer, entry.
+_VECTORS: Final = struct.Struct("<II")
+_TABLE_ALIGN: Final = 128  # VTOR's
 
 
 class Window(NamedTuple):
@@ -141,10 +152,11 @@ _DDR: Final = Window("DDR", 0x6000_0000, 2048 * _MiB)
 # image fill the memory of the host.
 _DDR_WINDOW: Final = Window("DDR", 0x6000_0000, 512 * _MiB)
 
+# Without the mirrors of some: an image that lay in both would overwrite itself.
 _AN385: Final = (
-    Window("SSRAM1", 0, 8 * _MiB),
-    Window("block RAM", 0x0100_0000, 0x1_0000),
-    Window("SSRAM23", 0x2000_0000, 8 * _MiB),
+    Window("SSRAM1", 0, 4 * _MiB),
+    Window("block RAM", 0x0100_0000, 0x4000),
+    Window("SSRAM23", 0x2000_0000, 4 * _MiB),
 )
 _AN511: Final = (
     Window("block RAM", 0, 0x4_0000),
@@ -152,7 +164,7 @@ _AN511: Final = (
     Window("SRAM", 0x2000_0000, 0x2_0000),
     Window("SSRAM23", 0x2040_0000, 4 * _MiB),
 )
-_AN500: Final = (Window("SSRAM1", 0, 8 * _MiB), Window("SSRAM23", 0x2000_0000, 8 * _MiB))
+_AN500: Final = (Window("SSRAM1", 0, 4 * _MiB), Window("SSRAM23", 0x2000_0000, 4 * _MiB))
 
 
 def _secure_alias(*windows: Window) -> tuple[Window, ...]:
@@ -174,12 +186,14 @@ _AN521: Final = _secure_alias(
 _AN524: Final = _secure_alias(
     Window("BRAM", 0, 0x8_0000),
     Window("SRAM", 0x2000_0000, 0x2_0000),
+    Window("QSPI", 0x2800_0000, 8 * _MiB),
 )
 _AN547: Final = _secure_alias(
     Window("ITCM", 0, 0x8_0000),
     Window("SRAM", 0x0100_0000, 2 * _MiB),
     Window("DTCM", 0x2000_0000, 0x8_0000),
     Window("SRAM2", 0x2100_0000, 4 * _MiB),
+    Window("QSPI", 0x2800_0000, 8 * _MiB),
 )
 _SYSCTL_INITSVTOR0: Final = 0x5002_1110
 _SSE300_INITSVTOR0: Final = 0x5802_1110
@@ -219,10 +233,10 @@ def _virt(
 
 
 # RISC-V: at each reset the device tree (at most 1 MiB) goes below the end of RAM, aligned down to
-# 16 MiB (QEMU 7.0 to 7.2) or 2 MiB (since 8.0): never into the lower half of 32 MiB.
+# 2 MiB, or to 16 MiB in older versions: never into the lower half of 32 MiB.
 _RISCV_RAM: Final = Window("RAM", 0x8000_0000, 32 * _MiB)
 _RISCV_WINDOW: Final = Window("RAM", 0x8000_0000, 16 * _MiB)
-# Arm: it goes to the first MiB.
+# Arm: it goes into the first MiB.
 _ARM_RAM: Final = Window("RAM", 0x4000_0000, 32 * _MiB)
 _ARM_WINDOW: Final = Window("RAM", 0x4020_0000, 30 * _MiB)
 
@@ -272,67 +286,223 @@ BOARDS: Final[Mapping[str, Board]] = MappingProxyType({board.name: board for boa
 """By name; of those that fit an image the first is chosen."""
 
 
+_OWN_RAM: Final = "QEMU makes its RAM itself, and has no way to share it"
+_OTHERS: Final[Mapping[str, str]] = {
+    **dict.fromkeys(
+        (
+            *("b-l475e-iot01a", "emcraft-sf2", "lm3s6965evb", "lm3s811evb", "microbit"),
+            *("musca-a", "musca-b1", "netduino2", "netduinoplus2", "olimex-stm32-h405"),
+            *("realview-eb", "realview-eb-mpcore", "realview-pb-a8", "realview-pbx-a9"),
+            "stm32vldiscovery",
+        ),
+        _OWN_RAM,
+    ),
+    "xlnx-zcu102": "QEMU leaves its Cortex-R5 cores off",
+}
+"""Boards of QEMU that are asked for and do not work, and why."""
+
+
 def find_board(name: str) -> Board:
     """The board of that name.
 
     Raises:
-        ValueError: there is none, or QEMU gives no way to share its RAM.
+        ValueError: there is none; or QEMU has it, but cannot share its RAM.
     """
     board = BOARDS.get(name)
-    if board is None:
-        raise ValueError(f"no board is named {name!r}; there are {', '.join(BOARDS)}")
-    return board
+    if board is not None:
+        return board
+    there_are = f"there are {', '.join(BOARDS)}"
+    if name in _OTHERS:
+        raise ValueError(f"board {name!r} cannot be used: {_OTHERS[name]}; {there_are}")
+    raise ValueError(f"no board is named {name!r}; {there_are}")
 
 
 def choose_board(firmware: Firmware) -> Board:
     """The first board that the image fits: by machine, architecture and addresses.
 
     Raises:
-        ImageError: none.
+        ImageError: it fits none; says what keeps it from the one that it fits best.
     """
-    for board in BOARDS.values():
-        try:
-            check_image(board, firmware)
-        except ImageError:
-            continue
-        return board
-    raise ImageError("no board fits")
+    boards = [board for board in BOARDS.values() if _core_problem(board, firmware) is None]
+    if not firmware.machine or not boards:
+        there_are = ", ".join(f"{board.name} ({board.cpu})" for board in BOARDS.values())
+        raise ImageError(f"no board is for {_target(firmware)}, as the image is: {there_are}")
+    for board in boards:
+        if _find_problem(board, firmware) is None:
+            return board
+    best = max(boards, key=lambda board: _fitting(board, firmware))
+    others = ", ".join(board.name for board in boards if board is not best)
+    raise ImageError(
+        f"no board fits the image, for {_target(firmware)}; nearest is {best.name}: "
+        f"{_find_problem(best, firmware)}{others and f'; also looked at: {others}'}"
+    )
 
 
 def check_image(board: Board, firmware: Firmware) -> None:
-    """Raises ImageError unless the board can run the image and the host can reach its rings."""
-    if (firmware.machine, firmware.elf_class) != (board.elf_machine, board.elf_class):
-        raise ImageError(
-            f"the image is for {firmware.machine_name or 'no machine'} "
-            f"({firmware.elf_class} bit); {board.name} runs "
-            f"{machine_name(board.elf_machine)} ({board.elf_class} bit)"
-        )
-    for segment in firmware.segments:
-        if not any(
-            w.holds(segment.da, segment.memory_size) for w in (board.window, *board.private)
-        ):
-            raise ImageError(f"segment at {segment.da:#x} lies outside")
+    """Raises ImageError unless the board runs the image and the host reaches what both use."""
+    problem = _find_problem(board, firmware)
+    if problem is not None:
+        raise ImageError(problem)
+    for trace in firmware.table.traces if firmware.table else ():
+        window = _private_window(board, trace.da, trace.length)
+        if window is not None:
+            _logger.warning(
+                "trace %r (%#x bytes at %#x) lies in %s of %s, which the host does not see: it "
+                "stays empty; link it into %s",
+                *(trace.name, trace.length, trace.da, window.name, board.name, board.window),
+            )
 
 
 def boot_options(board: Board, firmware: Firmware) -> tuple[str, ...]:
-    """Options of QEMU with which the core finds its entry."""
-    if board.vectors:
-        table = find_vectors(firmware)
-        if table is not None:
-            entry = firmware.entry | 1
-            return tuple(option.format(table=table, entry=entry) for option in board.vectors)
-        return ("-device", f"loader,addr={firmware.entry | 1:#x},cpu-num=0")
-    if board.elf_machine == RISCV and firmware.entry == board.ram.da:
-        return ()
-    return ("-device", f"loader,addr={firmware.entry:#x},cpu-num=0")
+    """Options of QEMU by which the core finds its entry.
+
+    A Cortex-M takes stack pointer and entry out of the image's vector table. Where there is none,
+    the core begins at the entry with no stack; the others always begin so.
+    """
+    entry = firmware.entry
+    if not board.vectors:
+        # A RISC-V board's ROM jumps there by itself, and has the hart's number and the device
+        # tree's address in registers then.
+        starts_there = board.elf_machine == RISCV and entry == board.ram.da
+        return () if starts_there else _loader(f"addr={entry:#x}")
+    vectors = find_vectors(board, firmware)
+    if vectors is None:
+        return _loader(f"addr={entry | _THUMB:#x}")
+    table, entry = vectors
+    return tuple(option.format(table=table, entry=entry) for option in board.vectors)
 
 
-def find_vectors(firmware: Firmware) -> int | None:
-    """Device address of the vector table of a Cortex-M image, or None."""
+def _loader(what: str) -> tuple[str, str]:
+    return ("-device", f"loader,{what},cpu-num=0")
+
+
+def find_vectors(board: Board, firmware: Firmware) -> tuple[int, int] | None:
+    """Device address of the vector table of an image for a Cortex-M, and the entry in it.
+
+    The table is where a stack pointer is followed by the image's entry; or else the lowest segment
+    if that begins like one.
+
+    Returns:
+        None where there is none.
+    """
     for segment in firmware.segments:
-        first = -segment.da % 128
-        for offset in range(first, segment.file_size - 7, 128):
-            entry = int.from_bytes(segment.data[offset + 4 : offset + 8], "little")
-            if entry == firmware.entry | 1:
-                return segment.da + offset
+        data = memoryview(segment.data)
+        for at in range(-segment.da % _TABLE_ALIGN, len(data) - _VECTORS.size + 1, _TABLE_ALIGN):
+            stack, entry = _VECTORS.unpack_from(data, at)
+            if entry == firmware.entry | _THUMB and _is_stack(board, stack):
+                return segment.da + at, entry
+    for lowest in firmware.segments[:1]:
+        if lowest.da % _TABLE_ALIGN == 0 and lowest.file_size >= _VECTORS.size:
+            stack, entry = _VECTORS.unpack_from(lowest.data)
+            if entry & _THUMB and _is_loaded(firmware, entry) and _is_stack(board, stack):
+                return lowest.da, entry
     return None
+
+
+def _is_stack(board: Board, stack: int) -> bool:
+    """Stacks grow downwards: the first word is the one below."""
+    return stack % 4 == 0 and any(w.holds(stack - 4, 4) for w in (board.window, *board.private))
+
+
+def _is_loaded(firmware: Firmware, da: int) -> bool:
+    return any(0 <= da - segment.da < segment.memory_size for segment in firmware.segments)
+
+
+def _fitting(board: Board, firmware: Firmware) -> int:
+    """How many of the segments lie in the board's memory."""
+    problems = [_segment_problem(board, *numbered) for numbered in enumerate(firmware.segments)]
+    return problems.count(None)
+
+
+def _find_problem(board: Board, firmware: Firmware) -> str | None:
+    """Why the board cannot run the image, in words; or None."""
+    problems = (
+        _core_problem(board, firmware),
+        *(_segment_problem(board, *numbered) for numbered in enumerate(firmware.segments)),
+        _entry_problem(firmware),
+        *_shared_problems(board, firmware),
+    )
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _core_problem(board: Board, firmware: Firmware) -> str | None:
+    """An image of a format that names no machine is taken as it is."""
+    kind = _kind(board.elf_machine, board.elf_class)
+    if firmware.machine and kind != _kind(firmware.machine, firmware.elf_class):
+        return f"the image is for {_target(firmware)}; {board.name} ({board.cpu}) runs {kind}"
+    architecture = firmware.arm_architecture
+    if architecture is None or not board.architectures or architecture in board.architectures:
+        return None
+    return (
+        f"the image is built for {architecture}; {board.name} ({board.cpu}) runs "
+        f"{', '.join(board.architectures)}"
+    )
+
+
+def _segment_problem(board: Board, number: int, segment: Segment) -> str | None:
+    if any(w.holds(segment.da, segment.memory_size) for w in (board.window, *board.private)):
+        return None
+    what = f"segment {number}: {segment.memory_size:#x} bytes at {segment.da:#x}"
+    has = ", ".join(map(str, (board.window, *board.private)))
+    why = "lie outside its memory"
+    if board.ram.holds(segment.da, segment.memory_size):
+        why = "lie in RAM that is not for firmware (QEMU writes its device tree there)"
+    return f"{what} {why}; link the image into {has}"
+
+
+def _entry_problem(firmware: Firmware) -> str | None:
+    entry = firmware.entry
+    if firmware.machine == ARM:
+        entry &= ~_THUMB
+    if _is_loaded(firmware, entry):
+        return None
+    return f"the entry point {firmware.entry:#x} lies in none of the image's segments"
+
+
+def _shared_problems(board: Board, firmware: Firmware) -> Iterator[str]:
+    """What both sides write must lie in RAM that both sides see."""
+    for what, da, size in _shared_parts(firmware):
+        window = _private_window(board, da, size)
+        if window is not None:
+            yield (
+                f"{what}: {size:#x} bytes at {da:#x} lie in {window.name} of {board.name}, which "
+                f"host and core cannot share; link it into {board.window}"
+            )
+
+
+def _shared_parts(firmware: Firmware) -> Iterator[tuple[str, int, int]]:
+    table = firmware.table
+    if table is None:
+        return
+    if firmware.table_da is not None:
+        yield "the resource table", firmware.table_da, table.length
+    buffers = {f"vdev{index}buffer" for index in range(len(table.vdevs))}
+    rings = {
+        f"vdev{index}vring{number}"
+        for index, vdev in enumerate(table.vdevs)
+        for number in range(len(vdev.vrings))
+    }
+    for carveout in table.carveouts:
+        if carveout.da != DA_ANY and carveout.name in buffers | rings:
+            yield f"carveout {carveout.name!r}", carveout.da, carveout.length
+    for index, vdev in enumerate(table.vdevs):
+        for number, vring in enumerate(vdev.vrings):
+            if vring.da != DA_ANY:
+                size = VringLayout(vring.num, vring.align).size
+                yield f"vdev {index} vring {number}", vring.da, size
+
+
+def _private_window(board: Board, da: int, size: int) -> Window | None:
+    """The private RAM in which any of these bytes lie."""
+    return next((w for w in board.private if da < w.da + w.size and w.da < da + size), None)
+
+
+def _target(firmware: Firmware) -> str:
+    if not firmware.machine:
+        return "no machine that it names"
+    kind = _kind(firmware.machine, firmware.elf_class)
+    return f"{kind}, {firmware.arm_architecture}" if firmware.arm_architecture else kind
+
+
+def _kind(machine: int, elf_class: int) -> str:
+    return f"{machine_name(machine)} ({elf_class} bit)"
