@@ -34,6 +34,16 @@ struct uart {
 #define APPLICATION_RESET (*(volatile uint32_t *)0xE000ED0Cu) /* AIRCR */
 #define SYSTEM_RESET_REQUEST 0x05FA0004u /* with the key in the upper half */
 
+#if __ARM_ARCH >= 8
+#define MPU_CONTROL (*(volatile uint32_t *)0xE000ED94u)
+#define MPU_REGION (*(volatile uint32_t *)0xE000ED98u)
+#define MPU_BASE (*(volatile uint32_t *)0xE000ED9Cu)
+#define MPU_LIMIT (*(volatile uint32_t *)0xE000EDA0u)
+#define MPU_READ_ONLY 4u /* in MPU_BASE: for privileged code */
+#define MPU_REGION_ENABLE 1u
+#define MPU_ENABLE 5u /* and memory outside of regions is as without it */
+#endif
+
 /* A byte to the host that is no notify id: powered down. These boards have no other way. */
 #define HALT_BYTE 0xF0u
 
@@ -174,6 +184,15 @@ _Noreturn void port_reset(void)
 
 _Noreturn void port_crash(uint32_t address)
 {
+#if __ARM_ARCH >= 8
+    /* The mps3 boards have RAM nearly everywhere: forbid to write these 32 bytes. */
+    MPU_REGION = 0;
+    MPU_BASE = (address & ~31u) | MPU_READ_ONLY;
+    MPU_LIMIT = (address & ~31u) | MPU_REGION_ENABLE;
+    MPU_CONTROL = MPU_ENABLE;
+    __asm__ volatile("dsb\n"
+                     "isb" ::: "memory");
+#endif
     *(volatile uint32_t *)(uintptr_t)address = 0;
     __builtin_trap(); /* something is mapped there */
 }
