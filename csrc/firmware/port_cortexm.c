@@ -18,21 +18,21 @@ struct uart {
 };
 
 #define UART_TX_FULL 1u /* in state */
+#define UART_RX_FULL 2u
 #define UART_TX_ENABLE 1u /* in control */
 #define UART_RX_ENABLE 2u
 #define UART_RX_INTERRUPT_ENABLE 8u
-#define UART_RX_FULL 2u /* in state */
 #define UART_RX_INTERRUPT 2u /* in interrupt */
 #define UART_DIVIDER_MIN 16u /* the least that the device takes; QEMU keeps no baud rate */
 
 #define DOORBELL ((volatile struct uart *)DOORBELL_UART)
 #define CONSOLE ((volatile struct uart *)CONSOLE_UART)
 
-#define INTERRUPT_ENABLE ((volatile uint32_t *)0xE000E100u) /* NVIC_ISER, a bit each */
-#define INTERRUPT_DISABLE ((volatile uint32_t *)0xE000E180u) /* NVIC_ICER */
-#define VECTOR_TABLE (*(volatile uint32_t *)0xE000ED08u) /* VTOR */
+#define INTERRUPT_ENABLE ((volatile uint32_t *)0xE000E100u)   /* NVIC_ISER, a bit each */
+#define INTERRUPT_DISABLE ((volatile uint32_t *)0xE000E180u)  /* NVIC_ICER */
+#define VECTOR_TABLE (*(volatile uint32_t *)0xE000ED08u)      /* VTOR */
 #define APPLICATION_RESET (*(volatile uint32_t *)0xE000ED0Cu) /* AIRCR */
-#define SYSTEM_RESET_REQUEST 0x05FA0004u /* with the key in the upper half */
+#define SYSTEM_RESET_REQUEST 0x05FA0004u                      /* with the key in the upper half */
 
 #if __ARM_ARCH >= 8
 #define MPU_CONTROL (*(volatile uint32_t *)0xE000ED94u)
@@ -141,8 +141,7 @@ bool port_wait(void)
         rung = false;
         if (!heard)
             __asm__ volatile("wfi" ::: "memory");
-        __asm__ volatile("cpsie i\n"
-                         "isb" ::: "memory");
+        __asm__ volatile("cpsie i\n isb" ::: "memory");
         if (heard)
             return true;
     }
@@ -190,8 +189,7 @@ _Noreturn void port_crash(uint32_t address)
     MPU_BASE = (address & ~31u) | MPU_READ_ONLY;
     MPU_LIMIT = (address & ~31u) | MPU_REGION_ENABLE;
     MPU_CONTROL = MPU_ENABLE;
-    __asm__ volatile("dsb\n"
-                     "isb" ::: "memory");
+    __asm__ volatile("dsb\n isb" ::: "memory");
 #endif
     *(volatile uint32_t *)(uintptr_t)address = 0;
     __builtin_trap(); /* something is mapped there */

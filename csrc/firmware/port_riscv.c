@@ -21,7 +21,7 @@ struct uart {
 
 #define UART_RX_INTERRUPT_ENABLE 1u /* in interrupts */
 #define UART_FIFO_ENABLE 1u
-#define UART_8_BITS 3u /* in line */
+#define UART_8_BITS 3u      /* in line */
 #define UART_RX_READY 0x01u /* in status */
 #define UART_TX_EMPTY 0x20u
 
