@@ -88,7 +88,17 @@ class Target(NamedTuple):
     zig_flags: tuple[str, ...] = ()
 
 
-def _cortex_m(cpu: str, ram_start: int, *, doorbell: int, interrupt: int, console: int) -> Target:
+def _cortex_m(
+    cpu: str,
+    ram_start: int,
+    *,
+    doorbell: int,
+    interrupt: int,
+    console: int,
+    gcc_less: str = "",
+    zig_less: str = "",
+) -> Target:
+    """A board of Arm's; without those of its instructions that would have to be switched on."""
     return Target(
         port="port_cortexm.c",
         ram_start=ram_start,
@@ -100,8 +110,12 @@ def _cortex_m(cpu: str, ram_start: int, *, doorbell: int, interrupt: int, consol
         ),
         gcc="arm-none-eabi-gcc",
         package="gcc-arm-none-eabi",
-        gcc_flags=(f"-mcpu={cpu}", "-mthumb", "-mfloat-abi=soft"),
-        zig_flags=("-target", "thumb-freestanding-eabi", f"-mcpu={cpu.replace('-', '_')}"),
+        gcc_flags=(f"-mcpu={cpu}{gcc_less}", "-mthumb", "-mfloat-abi=soft"),
+        zig_flags=(
+            "-target",
+            "thumb-freestanding-eabi",
+            f"-mcpu={cpu.replace('-', '_')}{zig_less}",
+        ),
     )
 
 
@@ -133,9 +147,14 @@ TARGETS: Mapping[str, Target] = {
     "mps3-an524": _cortex_m(
         "cortex-m33", 0x6000_0000, doorbell=0x5130_4000, interrupt=34, console=0x5130_3000
     ),
-    # A Cortex-M55, which takes the M33's code: its vector unit would have to be switched on.
     "mps3-an547": _cortex_m(
-        "cortex-m33", 0x6000_0000, doorbell=0x5930_4000, interrupt=35, console=0x5930_3000
+        "cortex-m55",
+        0x6000_0000,
+        doorbell=0x5930_4000,
+        interrupt=35,
+        console=0x5930_3000,
+        gcc_less="+nomve+nofp",
+        zig_less="-mve-mve_fp",
     ),
     "rv32": _riscv(32, "ilp32"),
     "rv64": _riscv(64, "lp64"),

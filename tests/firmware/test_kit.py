@@ -15,9 +15,9 @@ import trio
 
 from csrc.firmware import build
 from csrc.firmware.build import APPLICATIONS, TARGETS, BuildError, build_firmware
-from openamp_py import ECHO_CHANNEL, open_session
+from openamp_py import ECHO_CHANNEL, CoreCrashedError, open_session
 from openamp_py.firmware import ECHO, path
-from openamp_py.platforms.boards import check_image, find_board
+from openamp_py.platforms.boards import check_image, choose_board, find_board
 from openamp_py.platforms.qemu import QemuPlatform
 from openamp_py.remoteproc.elf import decode_elf_untrusted
 from openamp_py.remoteproc.lint import lint_firmware
@@ -25,6 +25,7 @@ from openamp_py.remoteproc.lint import lint_firmware
 EMULATED = sorted(set(TARGETS) - {"native"})
 BOARDS = sorted(set(ECHO) - {"native"})
 LIMIT = 60.0
+CRASH, CRASH_ADDRESS = 0xEF56_A501, 0xDEAD_0000  # csrc/firmware/echo_protocol.h
 PAGE = 4096
 
 MADE_WITH = {
@@ -110,6 +111,12 @@ def test_every_board_has_its_file_and_every_file_a_board() -> None:
         assert firmware.table_da is not None
 
 
+@pytest.mark.parametrize("target", EMULATED)
+def test_a_shipped_file_finds_a_board_of_its_own(target: str) -> None:
+    name = f"echo-{target}.elf"
+    assert ECHO[choose_board(decode_elf_untrusted(path(name).read_bytes())).name] == name
+
+
 @pytest.mark.parametrize("name", sorted(set(ECHO.values())))
 def test_what_is_shipped_is_sound_and_its_code_is_apart_from_its_data(name: str) -> None:
     image = path(name).read_bytes()
@@ -151,6 +158,24 @@ async def test_the_shipped_firmware_echoes_and_powers_down(board: str) -> None:
     else:
         assert console.startswith("booted: echo on ")
         assert console.endswith("shutdown\n")
+
+
+@pytest.mark.parametrize("board", BOARDS)
+async def test_the_order_to_crash_faults_at_its_address_on_each_board(board: str) -> None:
+    need_board(board)
+    with trio.fail_after(LIMIT):
+        async with (
+            open_session(QemuPlatform(board), path(ECHO[board])) as session,
+            session.bus.open_endpoint(ECHO_CHANNEL) as endpoint,
+        ):
+            await endpoint.send(struct.pack("<I", CRASH))
+            with pytest.raises(trio.BrokenResourceError) as caught:
+                await endpoint.receive()
+    error = caught.value.__cause__
+    assert isinstance(error, CoreCrashedError)
+    assert error.address == CRASH_ADDRESS
+    code = decode_elf_untrusted(path(ECHO[board]).read_bytes()).segments[0]
+    assert error.pc is not None and code.da <= error.pc < code.da + code.memory_size
 
 
 # ---- refusals ----
