@@ -186,14 +186,14 @@ _AN521: Final = _secure_alias(
 _AN524: Final = _secure_alias(
     Window("BRAM", 0, 0x8_0000),
     Window("SRAM", 0x2000_0000, 0x2_0000),
-    Window("QSPI", 0x2800_0000, 8 * _MiB),
+    Window("QSPI (ROM)", 0x2800_0000, 8 * _MiB),
 )
 _AN547: Final = _secure_alias(
     Window("ITCM", 0, 0x8_0000),
     Window("SRAM", 0x0100_0000, 2 * _MiB),
     Window("DTCM", 0x2000_0000, 0x8_0000),
     Window("SRAM2", 0x2100_0000, 4 * _MiB),
-    Window("QSPI", 0x2800_0000, 8 * _MiB),
+    Window("QSPI (ROM)", 0x2800_0000, 8 * _MiB),
 )
 _SYSCTL_INITSVTOR0: Final = 0x5002_1110
 _SSE300_INITSVTOR0: Final = 0x5802_1110

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import trio
 from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
 from elftools.elf.segments import NoteSegment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openamp_py import ECHO_CHANNEL, CoreCrashedError, open_session
+from openamp_py import firmware as shipped
 from openamp_py.errors import CrashKind
 from openamp_py.memory import MemoryMap, Region
 from openamp_py.platforms.native import NativeCore, shipped_echo
@@ -43,7 +45,7 @@ LIMIT = 30.0
 # csrc/firmware/echo_protocol.h
 CRASH, HANG = (struct.pack("<I", 0xEF56A500 + n) for n in (1, 2))
 
-X86_64, AARCH64, ARM = 62, 183, 40
+X86_64, AARCH64, ARM, RISCV, OTHER = 62, 183, 40, 243, 50
 
 
 def encoded(dump: Coredump) -> bytes:
@@ -112,17 +114,30 @@ def test_pyelftools_reads_the_segments(machine: int, elf_class: int) -> None:
     assert [segment["p_flags"] for segment in loads] == [7, 7]
 
 
-@pytest.mark.parametrize(("machine", "size"), [(X86_64, 336), (AARCH64, 392)])
-def test_the_registers_lie_where_linux_puts_them(machine: int, size: int) -> None:
-    """elf_prstatus: pr_cursig at 12, pr_pid at 32, pr_reg at 112 where words have 8 bytes."""
-    status = notes_of(encoded(crash(machine)))["CORE", "NT_PRSTATUS"]
+@pytest.mark.parametrize(
+    ("machine", "elf_class", "size"),
+    [(X86_64, 64, 336), (AARCH64, 64, 392), (RISCV, 64, 376), (ARM, 32, 148), (RISCV, 32, 204)],
+)
+def test_the_registers_lie_where_linux_puts_them(machine: int, elf_class: int, size: int) -> None:
+    """elf_prstatus: pr_cursig at 12, pr_pid at 32 (24), pr_reg at 112 (72) with words of 8 (4)."""
+    status = notes_of(encoded(crash(machine, elf_class)))["CORE", "NT_PRSTATUS"]
     assert len(status) == size
     assert struct.unpack_from("<iiih", status) == (11, 0, 0, 11)
-    assert struct.unpack_from("<i", status, 32) == (1,)
+    pid, start, word = (32, 112, "Q") if elf_class == 64 else (24, 72, "I")
+    assert struct.unpack_from("<i", status, pid) == (1,)
     count = len(REGISTERS[machine])
-    values = struct.unpack_from(f"<{count}Q", status, 112)
+    values = struct.unpack_from(f"<{count}{word}", status, start)
     assert dict(zip(REGISTERS[machine], values, strict=True)) == REGISTERS[machine]
-    assert not any(status[112 + 8 * count :])
+    assert not any(status[start + elf_class // 8 * count :])
+
+
+def test_registers_with_another_name_have_a_place_too() -> None:
+    cortex_m = Coredump(ARM, 32, 0, registers={"xpsr": 0x0100_0003, "cfsr": 0x8200})
+    notes = notes_of(encoded(cortex_m))
+    assert struct.unpack_from("<I", notes["CORE", "NT_PRSTATUS"], 72 + 4 * 16) == (0x0100_0003,)
+    assert notes[NOTE_OWNER, NOTE_REASON] == b"cfsr: 0x8200\n"
+    risc_v = Coredump(RISCV, 64, 0, registers={"s0": 8})
+    assert struct.unpack_from("<Q", notes_of(encoded(risc_v))["CORE", "NT_PRSTATUS"], 176) == (8,)
 
 
 @pytest.mark.parametrize(("elf_class", "address"), [(64, ("<Q", 16)), (32, ("<I", 12))])
@@ -137,7 +152,7 @@ def test_the_fault_address_lies_where_siginfo_has_it(
 
 
 def test_our_note_says_why_and_has_the_registers_that_have_no_place() -> None:
-    text = notes_of(encoded(crash(ARM, 32)))[NOTE_OWNER, NOTE_REASON].decode()
+    text = notes_of(encoded(crash(OTHER, 32)))[NOTE_OWNER, NOTE_REASON].decode()
     assert text == (
         "reason: the core fell over\nkind: mmufault\ntime: 1970-01-01T00:00:00+00:00\n"
         "r0: 0x1\npc: 0x20000002\n"
@@ -243,11 +258,12 @@ def test_the_last_address_of_a_class_is_possible() -> None:
 
 @settings(derandomize=True, deadline=None, max_examples=200)
 @given(
-    st.sampled_from([(0, 32), (ARM, 32), (ARM, 64), (X86_64, 64), (AARCH64, 64)]),
+    st.sampled_from([(0, 32), (ARM, 32), (ARM, 64), (X86_64, 64), (AARCH64, 64), (RISCV, 32)]),
     st.text(max_size=40),
     st.integers(0, (1 << 64) - 1) | st.none(),
     st.dictionaries(
-        st.sampled_from(["rip", "pc", "x0", "r15", "\ud800", ""]), st.integers(-(1 << 64), 1 << 64)
+        st.sampled_from(["rip", "pc", "x0", "r15", "xpsr", "cpsr", "\ud800", ""]),
+        st.integers(-(1 << 64), 1 << 64),
     ),
     st.integers(0, 64),
 )
@@ -361,6 +377,59 @@ async def test_gdb_shows_where_and_why_a_core_crashed(tmp_path: Path) -> None:
     frames = re.findall(r"^#\d+ .*?(\w+) \(", shown.rpartition("#0 ")[2], re.MULTILINE)
     assert {"crash", "firmware_main", "native_start", "firmware_entry"} <= set(frames)
     assert "Backtrace stopped" not in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "registers", "thumb"),
+    [
+        ("echo-cortex-m3.elf", ("pc", "lr", "sp", "r4", "xpsr"), 1),
+        ("echo-rv32.elf", ("pc", "ra", "sp", "fp", "t6"), 0),
+        ("echo-rv64.elf", ("pc", "ra", "sp", "fp", "t6"), 0),
+    ],
+)
+def test_gdb_shows_where_a_core_of_another_machine_was(
+    tmp_path: Path, name: str, registers: tuple[str, ...], thumb: int
+) -> None:
+    program = shutil.which("gdb-multiarch")
+    if program is None:
+        pytest.skip("gdb-multiarch (Debian package gdb-multiarch)")
+    firmware = Path(shipped.path(name))
+    image = decode_elf_untrusted(firmware.read_bytes())
+    with firmware.open("rb") as file:
+        symbols = ELFFile(file).get_section_by_name(".symtab")
+        assert isinstance(symbols, SymbolTableSection)
+        places = {symbol.name: symbol["st_value"] & ~1 for symbol in symbols.iter_symbols()}
+    crash_at, main_at = places["port_crash"], places["firmware_main"]
+    # At the first instruction of one function, called from the other.
+    values = (crash_at, main_at + 8 + thumb, image.segments[0].da + 0x8000, 0x1234, 0x0100_0000)
+    dump = Coredump(
+        image.machine,
+        image.elf_class,
+        image.entry,
+        tuple(DumpSegment(segment.da, bytes(segment.data)) for segment in image.segments),
+        signal=11,
+        fault_address=0xDEAD_0000,
+        registers=dict(zip(registers, values, strict=True)),
+    )
+    core = tmp_path / "core"
+    core.write_bytes(encoded(dump))
+    commands = ("info registers", "bt", "p $_siginfo._sifields._sigfault.si_addr")
+    arguments = [argument for command in commands for argument in ("-ex", command)]
+    done = subprocess.run(
+        [program, "-batch", "-nx", str(firmware), str(core), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert "terminated with signal SIGSEGV" in done.stdout
+    for register, value in zip(registers, values, strict=True):
+        gdbs = "cpsr" if register == "xpsr" else register
+        assert re.search(rf"^{gdbs}\s+{value:#x}\s", done.stdout, re.MULTILINE), register
+    assert re.search(r"^#0 .*\bport_crash \(", done.stdout, re.MULTILINE)
+    assert re.search(r"^#1 .*\bfirmware_main \(", done.stdout, re.MULTILINE)
+    assert "$1 = (void *) 0xdead0000" in done.stdout
 
 
 async def test_gdb_shows_where_a_hung_core_was_interrupted(tmp_path: Path) -> None:

@@ -306,6 +306,26 @@ def test_an_image_in_memory_that_changes_is_read_once() -> None:
     assert firmware == decode_elf_untrusted(build())
 
 
+ATTRIBUTES = bytes.fromhex("4113000000 616561626900 0109000000 060a074d")
+
+
+def test_an_arm_image_says_what_it_is_built_for() -> None:
+    sections = [section(".ARM.attributes", None, ATTRIBUTES, sh_type=0x7000_0003)]
+    assert decode_elf_untrusted(build(sections=sections)).arm_architecture == "v7-M"
+    assert decode_elf_untrusted(build()).arm_architecture is None
+    assert decode_elf_untrusted(build(sections=sections, e_machine=243)).arm_architecture is None
+    assert decode_elf_untrusted(build(sections=sections, e_shoff=0)).arm_architecture is None
+
+
+@pytest.mark.parametrize(
+    "fields", [{"sh_offset": 0xFFFF_FFFF}, {"sh_size": 0xFFFF_FFFF}, {"sh_size": 0}]
+)
+def test_attributes_that_lie_anywhere_are_no_reason_to_refuse(fields: dict[str, int]) -> None:
+    one = section(".ARM.attributes", None, ATTRIBUTES, sh_type=0x7000_0003, **fields)
+    found = decode_elf_untrusted(build(sections=[one])).arm_architecture
+    assert found in (None, "v7-M")
+
+
 def test_a_firmware_of_a_remote_in_python_is_built_by_hand() -> None:
     firmware = Firmware(table=TABLE, table_da=0)
     assert (firmware.elf_class, firmware.machine, firmware.segments) == (0, 0, ())
