@@ -86,6 +86,14 @@ class SignalledCore(DoorbellLink, Core):
         except ProcessLookupError:
             raise self._not_running("resumed") from None
 
+    async def describe(self) -> str:
+        """Whether one of its threads has something to do: a core that waits for a kick has not."""
+        await trio.lowlevel.checkpoint()
+        if self.pid is None or not self._alive:
+            return ""
+        states = thread_states(self.pid)
+        return "is busy" if "R" in states else "sleeps" if states else ""
+
     def interrupt(self) -> None:
         """Aborts the process: one that hangs, or is suspended, says where and ends."""
         with contextlib.suppress(ProcessLookupError):
@@ -103,14 +111,19 @@ def is_stopped(pid: int) -> bool:
     Raises:
         ProcessLookupError: it has ended, though perhaps nobody has reaped it.
     """
+    states = thread_states(pid)
+    if not states:
+        raise ProcessLookupError
+    return states <= {"T", "t"}
+
+
+def thread_states(pid: int) -> set[str]:
+    """What the threads of a process do, as in proc(5); empty when it has ended."""
     states = set()
     for thread in Path(f"/proc/{pid}/task").glob("*/stat"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             states.add(thread.read_text().rpartition(")")[2].split()[0])
-    states -= {"Z", "X"}  # zombie and dead; a leader is one before its threads are
-    if not states:
-        raise ProcessLookupError
-    return states <= {"T", "t"}
+    return states - {"Z", "X"}  # zombie and dead; a leader is one before its threads are
 
 
 def create_memory(name: str, size: int) -> SharedMemory:

@@ -122,6 +122,14 @@ class Core(abc.ABC):
         ended by cancelling `run`.
         """
 
+    async def describe(self) -> str:
+        """What the core does at this moment, for messages: "sleeps", "is at pc 0x21000124".
+
+        Empty where nobody can tell. It need not be quick: whoever asks sets a limit.
+        """
+        await trio.lowlevel.checkpoint()
+        return ""
+
     async def detach(self, note: bytes) -> None:
         """From now on the end of `run` leaves the core running, for another host to take over.
 
