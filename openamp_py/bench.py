@@ -44,6 +44,7 @@ from typing import Final, Protocol
 import trio
 
 from openamp_py.background import open_background
+from openamp_py.choosing import CORES
 from openamp_py.constants import ECHO_CHANNEL, FIRST_DYNAMIC_ADDRESS
 from openamp_py.errors import PeerError, PeerGoneError
 from openamp_py.platforms import (
@@ -67,7 +68,7 @@ from openamp_py.remoteproc.sources import Image
 from openamp_py.rpmsg import Bus, BusOptions, Endpoint, open_bus
 from openamp_py.rpmsg.polling import DEFAULT_POLLING
 from openamp_py.rpmsg.rings import open_rings
-from openamp_py.session import CORES, open_session
+from openamp_py.session import open_session
 from openamp_py.virtio.message_ring import BATCH
 from openamp_py.virtio.yardstick import NUMBER_SIZE, Yardstick
 

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 import trio
 
+from openamp_py.choosing import AUTO, check_name, choose, is_core, shipped_image
 from openamp_py.constants import ECHO_CHANNEL
-from openamp_py.echo import serve_echo
 from openamp_py.errors import OpenAMPError, PeerGoneError, StateError
 from openamp_py.host import open_host_bus
-from openamp_py.platforms import (
-    LoopbackPlatform,
-    NativePlatform,
-    ProcessPlatform,
-    ShmAddress,
-    ShmLink,
-)
-from openamp_py.platforms.demo import python_firmware
-from openamp_py.platforms.native import shipped_echo
+from openamp_py.platforms import ShmAddress, ShmLink
 from openamp_py.remoteproc import (
     Platform,
     ProcessorState,
@@ -40,11 +33,9 @@ from openamp_py.rpmsg import (
 )
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 from openamp_py.rpmsg.wire import SHUTDOWN_REQUEST
+from openamp_py.silence import describe_silence
 from openamp_py.virtio import Role
 from openamp_py.watchdog import Watchdog, open_heartbeat
-
-CORES = ("native", "loopback", "process")
-"""Names of the cores that a session can boot; anything else is a link's URL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +72,16 @@ class Session:
         manage that within `grace` seconds, or dies on the way, is shut down hard; so is one
         that cannot be asked, because `endpoint` is closed or another task receives on it.
 
+        Args:
+            endpoint: bound to a service of the remote.
+            grace: seconds; ``math.inf`` for a core that a debugger may hold.
+
         Raises:
             ValueError: `grace` is not a time.
 
         Cancellation: the processor is shut down hard.
         """
-        if not 0 <= grace < float("inf"):
+        if not 0 <= grace <= math.inf:  # NaN is none
             raise ValueError(f"a grace of {grace} s; zero or more seconds are possible")
         asked = endpoint.is_bound
         reason: str | None = None
@@ -158,6 +153,10 @@ class Session:
         """
         await self._own_processor("attached").attach()
 
+    async def describe_silence(self) -> str:
+        """What can be seen of a remote that does not announce or answer: see `describe_silence`."""
+        return await describe_silence(self.bus, self.processor)
+
     def open_heartbeat(
         self, service: str = ECHO_CHANNEL, *, silence: float, beat: bytes = b"beat"
     ) -> AbstractAsyncContextManager[Watchdog]:
@@ -208,7 +207,7 @@ async def _wait_acknowledgement(endpoint: Endpoint) -> bool:
 
 @asynccontextmanager
 async def open_session(
-    core: str | Platform = "native",
+    core: str | Platform = AUTO,
     image: Image | None = None,
     *,
     options: BusOptions = DEFAULT_OPTIONS,
@@ -221,10 +220,13 @@ async def open_session(
     processor counts as running again; `Session.wait_up` waits for it.
 
     Args:
-        core: "native", "process" or "loopback" (the last two play the echo service in
-            Python), a platform, or the URL of a peer that runs already
+        core: "auto" chooses by the image: "native" for this machine's own instruction set and
+            where there is no image, otherwise an emulated board. "native", "process" or
+            "loopback" (the last two play the echo service in Python), "qemu" (a board by the
+            image), "qemu:BOARD", a platform, or the URL of a peer that runs already
             (``shm:PATH?doorbell=unix:PATH[&listen=1]``).
-        image: firmware to boot; by default what the core ships: the echo service.
+        image: firmware to boot; by default what the core ships: the echo service. One that is
+            looked at to choose the core is read once: a restart boots it as it was.
         options: how the bus works the link.
         policy: what happens when the core crashes.
         attach: take over a core that was left running (see `Session.detach`), instead of
@@ -232,12 +234,14 @@ async def open_session(
 
     Raises:
         ValueError: the core's name, or the URL.
-        FirmwareError: the image cannot be used, or its table describes no RPMsg device.
+        FirmwareError: the image cannot be used, no core runs it, or its table describes no RPMsg
+            device.
         StateError: the image has no resource table.
-        PlatformError: the core cannot be started, or the link cannot be made.
+        PlatformError: what the core needs is not installed, it cannot be started, or the link
+            cannot be made.
         trio.BrokenResourceError: the remote was gone before the bus was up.
     """
-    if isinstance(core, str) and core not in CORES:
+    if isinstance(core, str) and not is_core(core):
         with contextlib.closing(ShmLink(_parse_address(core, image))) as link:
             async with (
                 open_resources(link, Role.DRIVER) as resources,
@@ -245,43 +249,36 @@ async def open_session(
             ):
                 yield Session(bus, None)
         return
-    platform = create_platform(core) if isinstance(core, str) else core
+    platform, chosen = core, image
+    if isinstance(platform, str):
+        _, platform, chosen = await choose(platform, image)
     async with open_processor(platform, policy=policy) as processor:
         if attach:
             if image is not None:
                 raise ValueError("a core that runs already takes no firmware")
             await processor.attach()
         else:
-            await processor.boot(shipped_image(platform) if image is None else image)
+            await processor.boot(shipped_image(platform) if chosen is None else chosen)
         async with open_host_bus(processor, options) as bus:
             yield Session(bus, processor)
 
 
-def check_core(core: str, image: Image | None) -> None:
+def check_core(core: str, image: Image | None, *, gdb: str | None = None) -> None:
     """Whether `open_session` knows what these mean; nothing is opened.
 
     Raises:
-        ValueError: the core's name or URL, or firmware for a peer that runs already.
+        ValueError: the core's name or URL, firmware for a peer that runs already, or a debugger
+            for a core that takes none.
     """
-    if core not in CORES:
+    if is_core(core):
+        check_name(core, gdb=gdb)
+    else:
         _parse_address(core, image)
+        if gdb is not None:
+            raise ValueError(f"core {core} takes no debugger: only emulated cores (qemu:BOARD) do")
 
 
 def _parse_address(core: str, image: Image | None) -> ShmAddress:
-    if ":" not in core:
-        raise ValueError(f"unknown core {core!r}; there are {', '.join(CORES)}, and shm: URLs")
     if image is not None:
         raise ValueError(f"core {core} runs already: it takes no firmware")
     return ShmAddress.parse(core)
-
-
-def shipped_image(platform: Platform) -> Image:
-    """What a platform runs where nothing else is asked for: the echo service."""
-    return shipped_echo() if isinstance(platform, NativePlatform) else python_firmware()
-
-
-def create_platform(core: str) -> Platform:
-    """The platform that a core's name means."""
-    if core == "native":
-        return NativePlatform()
-    return ProcessPlatform() if core == "process" else LoopbackPlatform(serve_echo)

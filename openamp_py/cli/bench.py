@@ -20,6 +20,7 @@ from openamp_py.bench_lifecycle import (
     Figure,
     run_lifecycle,
 )
+from openamp_py.choosing import CORES
 from openamp_py.cli.common import (
     DONE,
     Progress,
@@ -29,7 +30,6 @@ from openamp_py.cli.common import (
     seconds,
     usage_errors,
 )
-from openamp_py.session import CORES
 
 _LEGEND = """\
 Medians of {repeat}; messages per second, or round trips where messages return. {cpus}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +12,11 @@ from typing import Any, Protocol
 
 import trio
 
+from openamp_py.choosing import AUTO, CORES, QEMU
 from openamp_py.errors import OpenAMPError, PeerError
-from openamp_py.remoteproc.sources import read_image
+from openamp_py.remoteproc import CoredumpMode, CrashPolicy
+from openamp_py.remoteproc.crash import NO_POLICY
+from openamp_py.remoteproc.sources import Image, read_image
 
 DONE, FAILED, USAGE = 0, 1, 2
 """Exit codes: done; the peer, the firmware or the platform failed; used wrongly."""
@@ -51,6 +55,46 @@ def usage_errors() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def add_core_options(parser: argparse.ArgumentParser, *, urls: str = "") -> None:
+    """Declares what is booted: FIRMWARE, --core, --gdb and --coredump.
+
+    Args:
+        urls: what else --core may be.
+    """
+    parser.add_argument(
+        "firmware", nargs="?", type=Path, help="ELF to boot; default: the shipped echo firmware"
+    )
+    parser.add_argument(
+        "--core",
+        default=AUTO,
+        help=f"{', '.join((AUTO, *CORES, QEMU))}, {QEMU}:BOARD (see `openamp cores`){urls} "
+        f"(default: {AUTO}, by the ELF)",
+    )
+    parser.add_argument(
+        "--gdb",
+        metavar="PORT|unix:PATH",
+        help="let an emulated core wait for a debugger there; without a time limit then",
+    )
+    parser.add_argument(
+        "--coredump", metavar="DIR", type=Path, help="save the core's memory there if it crashes"
+    )
+
+
+def crash_policy(options: argparse.Namespace) -> CrashPolicy:
+    """What --coredump asks for."""
+    if options.coredump is None:
+        return NO_POLICY
+    return CrashPolicy(coredump=CoredumpMode.INLINE, coredump_to=f"{options.coredump}/")
+
+
+def say_debugger(gdb: str, image: Image) -> None:
+    """Says on stderr how a debugger gets at the core that waits for it."""
+    where = gdb.removeprefix("unix:") if gdb.startswith("unix:") else f":{gdb}"
+    file = image if isinstance(image, str | Path) else "FIRMWARE"
+    command = shlex.join(["gdb-multiarch", str(file), "-ex", f"target remote {where}"])
+    print(f"the core waits for a debugger: {command}", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -10,28 +10,39 @@ import signal
 import struct
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import trio
 
 from openamp_py.background import open_background
+from openamp_py.choosing import choose, is_core
 from openamp_py.cli.common import (
     DONE,
     FAILED,
     Progress,
     Subparsers,
     UsageError,
+    add_core_options,
+    crash_policy,
     plain_errors,
     positive_int,
+    say_debugger,
     seconds,
     usage_errors,
 )
 from openamp_py.constants import ECHO_CHANNEL
-from openamp_py.errors import OpenAMPError, PeerError
+from openamp_py.errors import CrashKind, OpenAMPError, PeerError
+from openamp_py.remoteproc import Platform
+from openamp_py.remoteproc.sources import Image
 from openamp_py.rpmsg import BusDump, Endpoint
 from openamp_py.rpmsg.wire import check_name
-from openamp_py.session import CORES, Session, Shutdown, check_core, open_session
+from openamp_py.session import Session, Shutdown, check_core, open_session
+
+_LIMITS = {"timeout": 10.0, "wait": 1.0, "grace": 2.0}
+"""Seconds by default. There is no limit where a debugger may hold the core."""
 
 # Payload of the echo demo: number u64, size u64, then `size` bytes of the pattern.
 _PREFIX = struct.Struct("<QQ")
@@ -50,14 +61,8 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
         description="Boots a remote, waits for its echo service, sends it messages one at a time, "
         "checks what comes back, and shuts the remote down gracefully.",
     )
-    parser.add_argument(
-        "firmware", nargs="?", type=Path, help="ELF to boot; default: the shipped echo firmware"
-    )
-    parser.add_argument(
-        "--core",
-        default="native",
-        help=f"{', '.join(CORES)}, or shm:PATH?doorbell=unix:PATH[&listen=1] for a peer that runs "
-        "already (default: native)",
+    add_core_options(
+        parser, urls=", or shm:PATH?doorbell=unix:PATH[&listen=1] for a peer that runs already"
     )
     parser.add_argument("--channel", default=ECHO_CHANNEL, help="service to talk to")
     parser.add_argument("--count", type=positive_int, default=5, help="messages (default: 5)")
@@ -70,14 +75,17 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout",
         type=seconds,
-        default=10.0,
-        help="seconds to wait for the peer and its service (default: 10)",
+        help="seconds to wait for the peer and its service (default: 10; any time with --gdb)",
     )
     parser.add_argument(
-        "--wait", type=seconds, default=1.0, help="seconds to wait for a reply (default: 1)"
+        "--wait",
+        type=seconds,
+        help="seconds to wait for a reply (default: 1; any time with --gdb)",
     )
     parser.add_argument(
-        "--grace", type=seconds, default=2.0, help="seconds the remote has to leave (default: 2)"
+        "--grace",
+        type=seconds,
+        help="seconds the remote has to leave (default: 2; any time with --gdb)",
     )
     parser.add_argument("-q", "--quiet", action="store_true", help="only the summary")
     parser.add_argument(
@@ -129,6 +137,7 @@ _NOT_UP = Shutdown(graceful=False, reason="it never came up")
 class _Result:
     """What has happened so far."""
 
+    core: str
     sent: int = 0
     received: int = 0
     corrupt: int = 0
@@ -136,6 +145,7 @@ class _Result:
     times: RoundTrips = field(default_factory=RoundTrips)
     shutdown: Shutdown = _NOT_UP
     dump: BusDump | None = None
+    coredump: Path | None = None
 
     @property
     def lost(self) -> int:
@@ -146,9 +156,12 @@ def _run(options: argparse.Namespace) -> int:
     if options.size < 0:
         raise UsageError(f"--size {options.size}; it cannot be negative")
     with usage_errors():
-        check_core(options.core, options.firmware)
+        check_core(options.core, options.firmware, gdb=options.gdb)
         check_name(options.channel)
-    result = _Result()
+    for name, limit in _LIMITS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, limit if options.gdb is None else math.inf)
+    result = _Result(options.core)
     error: OpenAMPError | OSError | None = None
     try:
         with plain_errors():
@@ -157,8 +170,11 @@ def _run(options: argparse.Namespace) -> int:
         error = problem
     if options.json:
         print(json.dumps(_to_dict(options, result, error)))
-    elif result.boot_ms is not None:
-        _print_summary(options, result)
+    else:
+        if result.boot_ms is not None:
+            _print_summary(options, result)
+        if result.coredump is not None:
+            print(f"coredump: {result.coredump}")
     if error is not None:
         raise error
     return FAILED if result.lost or result.corrupt else DONE
@@ -170,13 +186,21 @@ async def _ping(options: argparse.Namespace, result: _Result) -> None:
     try:
         with trio.CancelScope() as waiting:
             waiting.deadline = trio.current_time() + options.timeout
+            core, image = await _choose(options, result)
             async with (
-                open_session(options.core, options.firmware) as session,
+                open_session(core, image, policy=crash_policy(options)) as session,
+                _open_aftermath(options, session, result),
                 session.bus.open_endpoint(options.channel) as endpoint,
             ):
                 _check_size(options, endpoint)
-                await endpoint.wait_bound()
-                waiting.deadline = math.inf
+                if options.gdb is not None and image is not None:
+                    say_debugger(options.gdb, image)
+                with trio.CancelScope(deadline=waiting.deadline) as announcing:
+                    waiting.deadline = math.inf
+                    await endpoint.wait_bound()
+                if announcing.cancelled_caught:
+                    seen = await session.describe_silence()
+                    raise PeerError(f"{_nobody(options, result)}; {seen}")
                 result.boot_ms = (time.perf_counter() - started) * 1e3
                 try:
                     await _ping_until_interrupted(options, session, endpoint, result, progress)
@@ -185,11 +209,42 @@ async def _ping(options: argparse.Namespace, result: _Result) -> None:
                         result.dump = session.bus.dump()
         if waiting.cancelled_caught:
             raise PeerError(
-                f"no service {options.channel!r} on {options.core} within {options.timeout} s; "
-                "is the peer running, and does it announce this name?"
+                f"{_nobody(options, result)}; is the peer running, and does it announce this name?"
             )
     finally:
         progress.clear()
+
+
+async def _choose(
+    options: argparse.Namespace, result: _Result
+) -> tuple[str | Platform, Image | None]:
+    """The core, and what it is to run; a peer that runs already has no image."""
+    if not is_core(options.core):
+        return options.core, None
+    with usage_errors():
+        result.core, platform, image = await choose(options.core, options.firmware, gdb=options.gdb)
+    return platform, image
+
+
+def _nobody(options: argparse.Namespace, result: _Result) -> str:
+    return f"no service {options.channel!r} on {result.core} within {options.timeout} s"
+
+
+@asynccontextmanager
+async def _open_aftermath(
+    options: argparse.Namespace, session: Session, result: _Result
+) -> AsyncIterator[None]:
+    """Has a core that crashed, or does not answer, dumped before the session ends."""
+    processor = session.processor
+    try:
+        yield
+    except (OpenAMPError, trio.BrokenResourceError) as error:
+        if processor is not None and options.coredump is not None:
+            processor.report_crash(CrashKind.WATCHDOG, str(error))  # no news where it crashed
+            with trio.CancelScope(shield=True):
+                await processor.wait_settled()
+            result.coredump = processor.last_coredump
+        raise
 
 
 def _check_size(options: argparse.Namespace, endpoint: Endpoint) -> None:
@@ -207,7 +262,7 @@ async def _ping_until_interrupted(
 ) -> None:
     """Pings, and shuts down gracefully also after Ctrl-C; a second one makes it hard."""
     with trio.open_signal_receiver(signal.SIGINT) as signals:
-        _print_start(options, endpoint)
+        _print_start(options, endpoint, result)
         async with open_background() as nursery:
             pinging, leaving = trio.CancelScope(), trio.CancelScope()
 
@@ -284,10 +339,10 @@ async def _reply(endpoint: Endpoint, number: int, wait: float) -> bytes | None:
     return None
 
 
-def _print_start(options: argparse.Namespace, endpoint: Endpoint) -> None:
+def _print_start(options: argparse.Namespace, endpoint: Endpoint, result: _Result) -> None:
     if not options.json:
         print(
-            f"PING {options.channel} ({endpoint.destination:#x}) on {options.core}: "
+            f"PING {options.channel} ({endpoint.destination:#x}) on {result.core}: "
             f"{options.size}({options.size + _PREFIX.size}) bytes of data.",
             flush=True,
         )
@@ -312,7 +367,7 @@ def _to_dict(
     options: argparse.Namespace, result: _Result, error: Exception | None
 ) -> dict[str, object]:
     return {
-        "core": options.core,
+        "core": result.core,
         "firmware": str(options.firmware) if options.firmware else None,
         "channel": options.channel,
         "size": options.size,
@@ -325,4 +380,5 @@ def _to_dict(
         "shutdown": str(result.shutdown),
         "shutdown_reason": result.shutdown.reason,
         "error": None if error is None else str(error),
+        "coredump": None if result.coredump is None else str(result.coredump),
     } | ({"dump": asdict(result.dump)} if result.dump else {})

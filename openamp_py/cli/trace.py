@@ -5,21 +5,41 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import signal
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import trio
 
 from openamp_py.background import open_background
-from openamp_py.cli.common import DONE, Subparsers, UsageError, printable, seconds, usage_errors
+from openamp_py.choosing import check_name, choose
+from openamp_py.cli.common import (
+    DONE,
+    Subparsers,
+    UsageError,
+    add_core_options,
+    crash_policy,
+    printable,
+    say_debugger,
+    seconds,
+    usage_errors,
+)
 from openamp_py.errors import CoreDiedError, OpenAMPError
 from openamp_py.platforms import NativePlatform
-from openamp_py.remoteproc import RemoteProcessor, TraceFollower, open_processor, open_trace
-from openamp_py.session import CORES, create_platform, shipped_image
+from openamp_py.remoteproc import (
+    Platform,
+    RemoteProcessor,
+    TraceFollower,
+    open_processor,
+    open_trace,
+)
+from openamp_py.remoteproc.sources import Image
 
 # What may end the program in order: a core that was attached to would otherwise end with it.
 _ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+_WAIT = 0.5
 
 
 def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
@@ -32,35 +52,43 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
         "it writes into a trace buffer: what comes within a while, or with -f until the core ends "
         "or Ctrl-C. A core that was attached to runs on.",
     )
-    parser.add_argument(
-        "firmware", nargs="?", type=Path, help="ELF to boot; default: the shipped echo firmware"
-    )
-    parser.add_argument("--core", default="native", choices=CORES, help="default: native")
+    add_core_options(parser)
     parser.add_argument("--attach", metavar="PATH", help="a native core that was left running")
     parser.add_argument("--name", help="of the buffer; default: the first")
     parser.add_argument("-f", "--follow", action="store_true", help="until the core ends")
     parser.add_argument(
-        "--wait", type=seconds, default=0.5, help="seconds to look without -f (default: 0.5)"
+        "--wait",
+        type=seconds,
+        help=f"seconds to look without -f (default: {_WAIT}; until the core ends with --gdb)",
     )
     parser.add_argument("--json", action="store_true", help="a JSON object for each piece of text")
     parser.set_defaults(run=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.attach is not None and options.firmware is not None:
-        raise UsageError("--attach takes no firmware: the core runs already")
+    if options.attach is not None:
+        for name in ("firmware", "gdb"):
+            if getattr(options, name) is not None:
+                raise UsageError(f"--attach takes no {name}: the core runs already")
+    if options.wait is None:
+        options.wait = _WAIT if options.gdb is None else math.inf
     with usage_errors():
+        check_name(options.core, gdb=options.gdb)
         return trio.run(_trace, options)
 
 
 async def _trace(options: argparse.Namespace) -> int:
     attach = options.attach is not None
-    platform = (
-        NativePlatform(rendezvous=options.attach) if attach else create_platform(options.core)
-    )
-    async with open_processor(platform) as processor:
+    if attach:
+        platform: Platform = NativePlatform(rendezvous=options.attach)
+        image: Image = b""
+    else:
+        _, platform, image = await choose(options.core, options.firmware, gdb=options.gdb)
+    async with open_processor(platform, policy=crash_policy(options)) as processor:
         if not attach:
-            await processor.boot(options.firmware or shipped_image(platform))
+            await processor.boot(image)
+            if options.gdb is not None:
+                say_debugger(options.gdb, image)
         with trio.open_signal_receiver(*_ENDINGS) as signals:
             if attach:
                 await processor.attach()
@@ -97,7 +125,7 @@ async def _follow(
 
         nursery.start_soon(show)
         nursery.start_soon(interrupt)
-        with trio.move_on_after(float("inf") if options.follow else options.wait):
+        with trio.move_on_after(math.inf if options.follow else options.wait):
             with contextlib.suppress(OpenAMPError):
                 await processor.wait_exit()
             await processor.wait_settled()

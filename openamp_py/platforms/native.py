@@ -29,6 +29,18 @@ RAM_SIZE = 16 << 20
 _MACHINES = {"x86_64": 62, "aarch64": 183}
 """ELF machine numbers by the name of the machine."""
 
+_CLASS = 64
+
+
+def native_machine() -> int | None:
+    """ELF's number of this machine; None where there is no native core."""
+    return _MACHINES.get(host_machine.machine())
+
+
+def is_native(firmware: Firmware) -> bool:
+    """Whether an image is built for this machine."""
+    return (firmware.machine, firmware.elf_class) == (native_machine(), _CLASS)
+
 
 class NativePlatform(Platform):
     """Memory and cores for firmware that is built for this machine.
@@ -52,12 +64,13 @@ class NativePlatform(Platform):
         ram_size: int = RAM_SIZE,
         rendezvous: str | os.PathLike[str] | None = None,
     ) -> None:
-        machine = host_machine.machine()
-        if machine not in _MACHINES:
+        machine = native_machine()
+        if machine is None:
             raise PlatformError(
-                f"the native core runs on {' and '.join(_MACHINES)}; this machine is {machine}"
+                f"the native core runs on {' and '.join(_MACHINES)}; this machine is "
+                f"{host_machine.machine()}"
             )
-        self._machine = _MACHINES[machine]
+        self._machine = machine
         self._ram_da = ram_da
         self._ram_size = ram_size
         self._rendezvous = None if rendezvous is None else os.fspath(rendezvous)
@@ -76,11 +89,11 @@ class NativePlatform(Platform):
 
     def check(self, firmware: Firmware) -> None:
         """Raises ImageError unless the image is for this machine and begins in its RAM."""
-        if firmware.machine != self._machine or firmware.elf_class != 64:
+        if not is_native(firmware):
             raise ImageError(
                 f"the image is for {firmware.machine_name or 'no machine'} "
                 f"({firmware.elf_class} bit); this one runs "
-                f"{machine_name(self._machine)} (64 bit)"
+                f"{machine_name(self._machine)} ({_CLASS} bit)"
             )
         if self.memory.find_da(firmware.entry, 1) is None:
             raise ImageError(
