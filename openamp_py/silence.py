@@ -104,6 +104,8 @@ def _describe_rings(dump: BusDump) -> Iterator[str]:
 def _last_words(processor: RemoteProcessor) -> Iterator[str]:
     with contextlib.suppress(KeyError, ResourceTableError, StateError):  # it has none
         yield _quote("last line of its trace", read_trace(processor))
+    if processor.platform.console:
+        yield _quote("of its console", processor.platform.console)
 
 
 def _quote(what: str, text: str) -> str:

@@ -183,6 +183,11 @@ class QemuPlatform(Platform):
         )
 
     @property
+    def debugger(self) -> str | None:
+        """What a debugger's "target remote" takes, where the core waits for one."""
+        return None if self._listener is None else self._listener.address
+
+    @property
     def waits_for_debugger(self) -> bool:
         """Whether a core executes nothing until a debugger lets it."""
         return self._listener is not None
@@ -510,6 +515,20 @@ class QemuCore(Core):
             PlatformError: the core does not run.
         """
         await self._running("resumed").qmp.execute("cont")
+
+    async def describe(self) -> str:
+        """Where the core is, and whether QEMU lets it run."""
+        if self._machine is None:
+            return ""
+        qmp = self._machine.qmp
+        try:
+            status = await qmp.execute("query-status")
+            registers = parse_registers(self.machine, await qmp.ask_monitor("info registers"))
+        except PlatformError:  # it is about to end
+            return ""
+        where = f" at pc {registers['pc']:#x}" if "pc" in registers else ""
+        held = isinstance(status, dict) and status.get("running") is False
+        return f"is held by its debugger{where}" if held else f"is{where}" if where else ""
 
     def interrupt(self) -> None:
         """Makes the core stop, say where it is, and end."""
