@@ -24,7 +24,7 @@ from openamp_py import firmware as shipped
 from openamp_py.echo import serve_echo
 from openamp_py.errors import ImageError, PlatformError
 from openamp_py.platforms import LoopbackPlatform, NativePlatform, ProcessPlatform, demo
-from openamp_py.platforms.boards import BOARDS, REFUSED, Board, choose_board, find_board
+from openamp_py.platforms.boards import BOARDS, Board, choose_board, find_board
 from openamp_py.platforms.demo import python_firmware
 from openamp_py.platforms.machine import MIN_VERSION
 from openamp_py.platforms.native import RAM_DA, RAM_SIZE, is_native, native_machine, shipped_echo
@@ -51,7 +51,7 @@ _SHIPPED: Final = {
     "mps2-an511": "echo-cortex-m3.elf",
     "mps2-an500": "echo-mps2-an500.elf",
     "mps2-an505": "echo-mps2-an505.elf",
-    "mps2-an521": "echo-mps2-an521.elf",
+    "mps2-an521": "echo-mps2-an505.elf",
     "mps3-an524": "echo-mps3-an524.elf",
     "mps3-an547": "echo-mps3-an547.elf",
     "virt-rv32": "echo-rv32.elf",
@@ -240,12 +240,8 @@ class CoreDescription:
     firmware: str | None = None
 
 
-async def list_cores(refused: bool = False) -> list[CoreDescription]:
-    """All cores that there are, and what is installed for each.
-
-    Args:
-        refused: also boards that QEMU has and that cannot be used, with the reason.
-    """
+async def list_cores() -> list[CoreDescription]:
+    """All cores that there are, and what is installed for each."""
     programs = {board.program for board in BOARDS.values()}
     versions: dict[str, tuple[int, ...] | None] = {}
 
@@ -257,11 +253,6 @@ async def list_cores(refused: bool = False) -> list[CoreDescription]:
             nursery.start_soon(ask, program)
     found = [*_list_own()]
     found += [_describe(board, versions[board.program]) for board in BOARDS.values()]
-    if refused:
-        found += [
-            CoreDescription(f"{QEMU}:{name}", "", None, installed=False, refused=True, remark=why)
-            for name, why in REFUSED.items()
-        ]
     return found
 
 

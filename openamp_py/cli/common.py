@@ -14,7 +14,8 @@ import trio
 
 from openamp_py.choosing import AUTO, CORES, QEMU
 from openamp_py.errors import OpenAMPError, PeerError
-from openamp_py.remoteproc import CoredumpMode, CrashPolicy
+from openamp_py.platforms.qemu import QemuPlatform
+from openamp_py.remoteproc import CoredumpMode, CrashPolicy, Platform
 from openamp_py.remoteproc.crash import NO_POLICY
 from openamp_py.remoteproc.sources import Image, read_image
 
@@ -89,9 +90,11 @@ def crash_policy(options: argparse.Namespace) -> CrashPolicy:
     return CrashPolicy(coredump=CoredumpMode.INLINE, coredump_to=f"{options.coredump}/")
 
 
-def say_debugger(gdb: str, image: Image) -> None:
-    """Says on stderr how a debugger gets at the core that waits for it."""
-    where = gdb.removeprefix("unix:") if gdb.startswith("unix:") else f":{gdb}"
+def say_debugger(platform: Platform, image: Image) -> None:
+    """Says on stderr how a debugger gets at the core, where that waits for one."""
+    where = platform.debugger if isinstance(platform, QemuPlatform) else None
+    if where is None:
+        return
     file = image if isinstance(image, str | Path) else "FIRMWARE"
     command = shlex.join(["gdb-multiarch", str(file), "-ex", f"target remote {where}"])
     print(f"the core waits for a debugger: {command}", file=sys.stderr, flush=True)

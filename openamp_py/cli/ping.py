@@ -29,6 +29,7 @@ from openamp_py.cli.common import (
     crash_policy,
     plain_errors,
     positive_int,
+    printable,
     say_debugger,
     seconds,
     usage_errors,
@@ -91,6 +92,9 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dump", action="store_true", help="show rings, endpoints and counters afterwards"
     )
+    parser.add_argument(
+        "--console", action="store_true", help="show what the core wrote to its console"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.set_defaults(run=_run)
 
@@ -146,6 +150,7 @@ class _Result:
     shutdown: Shutdown = _NOT_UP
     dump: BusDump | None = None
     coredump: Path | None = None
+    console: str = ""
 
     @property
     def lost(self) -> int:
@@ -175,6 +180,8 @@ def _run(options: argparse.Namespace) -> int:
             _print_summary(options, result)
         if result.coredump is not None:
             print(f"coredump: {result.coredump}")
+        if options.console:
+            print(f"--- console ---\n{printable(result.console)}")
     if error is not None:
         raise error
     return FAILED if result.lost or result.corrupt else DONE
@@ -193,8 +200,8 @@ async def _ping(options: argparse.Namespace, result: _Result) -> None:
                 session.bus.open_endpoint(options.channel) as endpoint,
             ):
                 _check_size(options, endpoint)
-                if options.gdb is not None and image is not None:
-                    say_debugger(options.gdb, image)
+                if session.processor is not None and image is not None:
+                    say_debugger(session.processor.platform, options.firmware or image)
                 with trio.CancelScope(deadline=waiting.deadline) as announcing:
                     waiting.deadline = math.inf
                     await endpoint.wait_bound()
@@ -227,7 +234,7 @@ async def _choose(
 
 
 def _nobody(options: argparse.Namespace, result: _Result) -> str:
-    return f"no service {options.channel!r} on {result.core} within {options.timeout} s"
+    return f"no service {options.channel!r} on {result.core} within {options.timeout:g} s"
 
 
 @asynccontextmanager
@@ -245,6 +252,9 @@ async def _open_aftermath(
                 await processor.wait_settled()
             result.coredump = processor.last_coredump
         raise
+    finally:
+        if processor is not None:
+            result.console = processor.platform.console
 
 
 def _check_size(options: argparse.Namespace, endpoint: Endpoint) -> None:
@@ -380,5 +390,6 @@ def _to_dict(
         "shutdown": str(result.shutdown),
         "shutdown_reason": result.shutdown.reason,
         "error": None if error is None else str(error),
+        "console": result.console,
         "coredump": None if result.coredump is None else str(result.coredump),
     } | ({"dump": asdict(result.dump)} if result.dump else {})

@@ -87,8 +87,7 @@ async def _trace(options: argparse.Namespace) -> int:
     async with open_processor(platform, policy=crash_policy(options)) as processor:
         if not attach:
             await processor.boot(image)
-            if options.gdb is not None:
-                say_debugger(options.gdb, image)
+            say_debugger(platform, options.firmware or image)
         with trio.open_signal_receiver(*_ENDINGS) as signals:
             if attach:
                 await processor.attach()
