@@ -563,6 +563,8 @@ def choose_cases(cores: Iterable[str], names: Iterable[str] | None) -> list[tupl
     chosen = []
     for core in cores:
         possible = [name for name, case in CASES.items() if core in case.cores]
+        if not possible:
+            raise ValueError(f"core {core} has none of the cases {', '.join(CASES)}")
         for name in possible if names is None else names:
             if name not in possible:
                 raise ValueError(f"core {core} has no case {name}; there are {', '.join(possible)}")

@@ -52,7 +52,7 @@ FLOORS = {
     "session": 4,
     "choosing": 4,
     "silence": 4,
-    "platforms.boards": 3,
+    "bench_cores": 4,
     "watchdog": 4,
     "cli": 5,
     "__main__": 5,

@@ -7,10 +7,13 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from openamp_py.bench import CASES, SIZES, SOAK_MESSAGES, Row, Verdict, judge, run_bench
+from openamp_py.bench_cores import CORES_CASE, SIZE, TOGETHER, default_cores, run_cores
 from openamp_py.bench_lifecycle import (
     CYCLES,
     IMAGE_SIZE,
@@ -20,7 +23,7 @@ from openamp_py.bench_lifecycle import (
     Figure,
     run_lifecycle,
 )
-from openamp_py.choosing import CORES
+from openamp_py.choosing import CORES, check_name
 from openamp_py.cli.common import (
     DONE,
     Progress,
@@ -48,6 +51,14 @@ copied before and written after, -inline: written before), resume (of a message 
 attach. Load: {size} MiB into memory that was written before, as was memcpy's; -path: from a file
 in the page cache. Table: {entries} entries decoded."""
 
+_CORES_LEGEND = """\
+Medians of {repeat} in a warm program; {size} bytes of payload. first-message: from the opening of a
+session, whose core's process does not run yet, to the first echo; at most 3 times native's and
+qemu-start, which is a QEMU with nothing but the board, from its spawn to the first word that its
+core writes. pre-launched: a boot in a session, to the first echo. flood: as many out as there are
+buffers, and each returns. idle: CPU time of QEMU, and of this program. {together}-: so many cores
+at once, until all have echoed, and all they echo."""
+
 _LOOPBACK = " (on loopback: in one thread, without a doorbell)"
 _CPUS = (
     "Both sides share the only CPU\nthat there is, so polling is in vain.",
@@ -68,16 +79,18 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--core",
         action="append",
-        choices=CORES,
-        help="kind of core (default: process, the only one with targets)",
+        type=_core,
+        help=f"kind of core: {', '.join(CORES)}, or for the case {CORES_CASE} also qemu:BOARD "
+        "(default: process, the only one with targets)",
     )
     parser.add_argument(
         "--case",
         action="append",
-        choices=(*CASES, LIFECYCLE),
-        help="kind of traffic, or lifecycle: boots, crashes and the like, on "
-        f"{' and '.join(LIFECYCLE_CORES)} by default "
-        "(default: all that the core has, but neither soak nor lifecycle)",
+        choices=(*CASES, LIFECYCLE, CORES_CASE),
+        help="kind of traffic; or lifecycle: boots, crashes and the like, on "
+        f"{' and '.join(LIFECYCLE_CORES)} by default; or cores: all kinds of core side by side, "
+        f"{' and '.join(default_cores())} by default "
+        "(default: all that the core has, but neither soak, lifecycle nor cores)",
     )
     parser.add_argument(
         "--size",
@@ -113,6 +126,15 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_run)
 
 
+def _core(text: str) -> str:
+    """An argparse type: the name of a core."""
+    try:
+        check_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _list_endpoints() -> str:
     return (
         "; ".join(
@@ -124,55 +146,85 @@ def _list_endpoints() -> str:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """What was measured, by the kinds of case."""
+
+    rows: Sequence[Row] = ()
+    lifecycle: Sequence[Figure] = ()
+    cores: Sequence[Figure] = ()
+
+
 def _run(options: argparse.Namespace) -> int:
     progress = Progress("bench", 100)
-    cases = options.case and [case for case in options.case if case != LIFECYCLE]
-    with_lifecycle = bool(options.case) and LIFECYCLE in options.case
-
-    def show(done: int, total: int) -> None:
-        progress.show(100 * done // total)
-
-    async def measure() -> tuple[list[Row], list[Figure]]:
-        rows: list[Row] = []
-        figures: list[Figure] = []
-        if with_lifecycle:
-            figures = await run_lifecycle(
-                cores=options.core or LIFECYCLE_CORES,
-                repeat=options.repeat,
-                cycles=options.cycles,
-                progress=show,
-            )
-        if cases or not with_lifecycle:
-            rows = await run_bench(
-                cores=options.core or ("process",),
-                cases=cases,
-                sizes=options.size,
-                endpoints=options.endpoints,
-                seconds=options.seconds,
-                repeat=options.repeat,
-                messages=options.messages,
-                progress=show,
-            )
-        return rows, figures
-
     try:
         progress.show(0)
         with usage_errors(), plain_errors():
-            rows, figures = trio.run(measure)
+            results = trio.run(_measure, options, progress)
     finally:
         progress.clear()
     cpus = len(os.sched_getaffinity(0))
     if options.json:
-        print(json.dumps(_to_dict(options, cpus, rows, figures)))
+        print(json.dumps(_to_dict(options, cpus, results)))
         return DONE
-    if figures:
-        _print_figures(options, figures)
-    if figures and rows:
-        print()
-    if rows:
-        _print_table(rows)
-        _print_legend(options, cpus, rows)
+    parts = []
+    if results.lifecycle:
+        legend = _LIFECYCLE_LEGEND.format(
+            repeat=options.repeat,
+            cycles=options.cycles,
+            size=IMAGE_SIZE >> 20,
+            entries=TABLE_ENTRIES,
+        )
+        parts.append(partial(_print_figures, results.lifecycle, legend))
+    if results.cores:
+        legend = _CORES_LEGEND.format(repeat=options.repeat, size=SIZE, together=TOGETHER)
+        parts.append(partial(_print_figures, results.cores, legend))
+    if results.rows:
+        parts.append(partial(_print_rows, options, cpus, results.rows))
+    for number, show in enumerate(parts):
+        if number:
+            print()
+        show()
     return DONE
+
+
+async def _measure(options: argparse.Namespace, progress: Progress) -> _Results:
+    def show(done: int, total: int) -> None:
+        progress.show(100 * done // total)
+
+    asked = options.case or ()
+    cases = [case for case in asked if case not in (LIFECYCLE, CORES_CASE)]
+    rows: Sequence[Row] = ()
+    lifecycle: Sequence[Figure] = ()
+    cores: Sequence[Figure] = ()
+    if LIFECYCLE in asked:
+        lifecycle = await run_lifecycle(
+            cores=options.core or LIFECYCLE_CORES,
+            repeat=options.repeat,
+            cycles=options.cycles,
+            progress=show,
+        )
+    if CORES_CASE in asked:
+        cores = await run_cores(
+            cores=options.core, repeat=options.repeat, seconds=options.seconds, progress=show
+        )
+    if cases or not asked:
+        rows = await run_bench(
+            cores=options.core or ("process",),
+            cases=cases or None,
+            sizes=options.size,
+            endpoints=options.endpoints,
+            seconds=options.seconds,
+            repeat=options.repeat,
+            messages=options.messages,
+            progress=show,
+        )
+    return _Results(rows, lifecycle, cores)
+
+
+def _print_rows(options: argparse.Namespace, cpus: int, rows: Sequence[Row]) -> None:
+    _print_table(rows)
+    _print_legend(options, cpus, rows)
 
 
 _COLUMNS = "{:<8} {:<12} {:>5} {:>4} {:>9} {:>11} {:>11} {:>11}  {:>12} {:>14} {}"
@@ -224,12 +276,14 @@ def _print_legend(options: argparse.Namespace, cpus: int, rows: Sequence[Row]) -
         )
 
 
-_FIGURE_COLUMNS = "{:<8} {:<19} {:>10} {:<6}  {:<32} {:<8} {}"
+_FIGURE_COLUMNS = "{:<{width}} {:<19} {:>10} {:<6}  {:<32} {:<8} {}"
 _FIGURE_TITLES = ("core", "step", "median", "", "from least to most", "target", "")
+_CORE_WIDTH = 8  # at least
 
 
-def _print_figures(options: argparse.Namespace, figures: Sequence[Figure]) -> None:
-    print(_FIGURE_COLUMNS.format(*_FIGURE_TITLES).rstrip())
+def _print_figures(figures: Sequence[Figure], legend: str) -> None:
+    width = max(_CORE_WIDTH, *(len(figure.core) for figure in figures))
+    print(_FIGURE_COLUMNS.format(*_FIGURE_TITLES, width=width).rstrip())
     for figure in figures:
         print(
             _FIGURE_COLUMNS.format(
@@ -240,16 +294,10 @@ def _print_figures(options: argparse.Namespace, figures: Sequence[Figure]) -> No
                 _describe_spread(figure),
                 figure.target,
                 _VERDICTS[figure.met],
+                width=width,
             ).rstrip()
         )
-    print(
-        _LIFECYCLE_LEGEND.format(
-            repeat=options.repeat,
-            cycles=options.cycles,
-            size=IMAGE_SIZE >> 20,
-            entries=TABLE_ENTRIES,
-        )
-    )
+    print(legend)
 
 
 def _describe_spread(figure: Figure) -> str:
@@ -265,18 +313,18 @@ def _number(value: float) -> str:
     return f"{value:,d}" if isinstance(value, int) else f"{value:,.{0 if value >= 1000 else 2}f}"
 
 
-def _to_dict(
-    options: argparse.Namespace, cpus: int, rows: Sequence[Row], figures: Sequence[Figure]
-) -> dict[str, object]:
+def _to_dict(options: argparse.Namespace, cpus: int, results: _Results) -> dict[str, object]:
     result: dict[str, object] = {
         "seconds": options.seconds,
         "repeat": options.repeat,
         "cpus": cpus,
-        "rows": [_row_to_dict(row, judge(row, rows)) for row in rows],
+        "rows": [_row_to_dict(row, judge(row, results.rows)) for row in results.rows],
     }
-    if figures:
+    if results.lifecycle:
         result["cycles"] = options.cycles
-        result["lifecycle"] = [_figure_to_dict(figure) for figure in figures]
+        result["lifecycle"] = [_figure_to_dict(figure) for figure in results.lifecycle]
+    if results.cores:
+        result["cores"] = [_figure_to_dict(figure) for figure in results.cores]
     return result
 
 
