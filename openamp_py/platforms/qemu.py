@@ -528,7 +528,7 @@ class QemuCore(Core):
             return ""
         where = f" at pc {registers['pc']:#x}" if "pc" in registers else ""
         held = isinstance(status, dict) and status.get("running") is False
-        return f"is held by its debugger{where}" if held else f"is{where}" if where else ""
+        return f"is held{where}" if held else f"is{where}" if where else ""
 
     def interrupt(self) -> None:
         """Makes the core stop, say where it is, and end."""
