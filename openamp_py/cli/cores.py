@@ -31,7 +31,7 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    cores = trio.run(list_cores, options.all)
+    cores = trio.run(list_cores)
     if options.json:
         print(json.dumps([asdict(core) for core in cores]))
         return DONE
