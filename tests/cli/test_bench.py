@@ -151,6 +151,31 @@ def test_lifecycle_on_a_core_without(capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
+def test_cores(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--core", "native", "--core", "loopback", "--case", "cores"]
+    assert main(["bench", *QUICK, *options]) == 0
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.split()[:2] == ["core", "step"]
+    steps = ["first-message", "round-trip", "round-trip-p99", "flood"]
+    rows = [(core, step) for core in ("native", "loopback") for step in steps]
+    assert [tuple(line.split()[:2]) for line in lines[: len(rows)]] == rows
+    assert lines[len(rows)].startswith("Medians of 2 in a warm program; 100 bytes of payload.")
+
+
+def test_cores_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *QUICK, "--core", "loopback", "--case", "cores", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["rows"] == []
+    first = result["cores"][0]
+    assert (first["core"], first["step"], first["unit"]) == ("loopback", "first-message", "ms")
+    assert (first["target"], first["met"]) == (None, None)
+
+
+def test_an_emulated_core_has_a_case_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--core", "qemu:virt-rv32"]) == 2
+    assert "core qemu:virt-rv32 has none of the cases ping, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", ["4", "497"])
 def test_an_impossible_size_is_a_mistake_of_usage(
     capsys: pytest.CaptureFixture[str], size: str
