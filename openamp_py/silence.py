@@ -49,8 +49,10 @@ async def _describe_core(processor: RemoteProcessor) -> str:
     if processor.state in (ProcessorState.RUNNING, ProcessorState.ATTACHED):
         doing = ""
         if processor.core is not None:
-            with trio.move_on_after(_LOOK):
+            with trio.move_on_after(_LOOK) as scope:
                 doing = await processor.core.describe()
+            if scope.cancelled_caught:
+                doing = f"does not say within {_LOOK} s what it does"
         return f"the core runs and {doing}" if doing else "the core runs"
     if processor.failure is not None:
         return f"the core is {processor.state.value}: {processor.failure}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import struct
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -36,11 +38,15 @@ from openamp_py.constants import ECHO_CHANNEL, NAME_SERVICE_ADDRESS
 from openamp_py.platforms import child
 from openamp_py.platforms.boards import find_board
 from openamp_py.platforms.demo import BUFFERS_DA, TABLE, TABLE_DA
-from openamp_py.platforms.qemu import QemuPlatform
+from openamp_py.platforms.qemu import QemuCore, QemuPlatform
 from openamp_py.remoteproc.resource_table import place_entries
 from openamp_py.silence import describe_silence
 
 LIMIT = 30.0
+
+needs_qemu = pytest.mark.skipif(
+    shutil.which("qemu-system-arm") is None, reason="qemu-system-arm is not installed"
+)
 
 CRASH = struct.pack("<I", 0xEF56A501)  # csrc/firmware/echo_protocol.h
 
@@ -201,10 +207,21 @@ async def test_a_core_that_does_not_say_what_it_does(
         assert processor.core is not None
         processor.core.describe = trio.sleep_forever  # type: ignore[method-assign]
 
-    assert (await _see(_hang, unclear)).startswith("the core runs; kicks from it")
+    text = await _see(_hang, unclear)
+    assert text.startswith("the core runs and does not say within 0.5 s what it does; kicks from")
 
 
-@pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="QEMU is not installed")
+@needs_qemu
+async def test_a_qemu_that_is_stopped_says_nothing() -> None:
+    async with open_session("qemu:mps2-an385") as session:
+        assert session.processor is not None and isinstance(session.processor.core, QemuCore)
+        assert session.processor.core.pid is not None
+        os.kill(session.processor.core.pid, signal.SIGSTOP)
+        text = await session.describe_silence()
+    assert text.startswith("the core runs and does not say within 0.5 s what it does; ")
+
+
+@needs_qemu
 async def test_an_emulated_core_says_where_it_is() -> None:
     firmware, word = create_first_word(find_board("mps2-an385"))
     platform = QemuPlatform("mps2-an385")
