@@ -24,7 +24,7 @@ from openamp_py import firmware as shipped
 from openamp_py.echo import serve_echo
 from openamp_py.errors import ImageError, PlatformError
 from openamp_py.platforms import LoopbackPlatform, NativePlatform, ProcessPlatform, demo
-from openamp_py.platforms.boards import BOARDS, Board, choose_board, find_board
+from openamp_py.platforms.boards import BOARDS, UNUSABLE, Board, choose_board, find_board
 from openamp_py.platforms.demo import python_firmware
 from openamp_py.platforms.machine import MIN_VERSION
 from openamp_py.platforms.native import RAM_DA, RAM_SIZE, is_native, native_machine, shipped_echo
@@ -222,7 +222,7 @@ class CoreDescription:
         package: Debian's, that has the program.
         version: of the program, where it says one.
         installed: whether all that it needs is there.
-        refused: it can never be used.
+        usable: not a board that can never be used.
         remark: why it cannot be used; "" where it can.
         firmware: the file name of the echo firmware that comes with the package; None for a
             remote written in Python, or where there is none.
@@ -235,13 +235,17 @@ class CoreDescription:
     package: str | None = None
     version: str | None = None
     installed: bool = True
-    refused: bool = False
+    usable: bool = True
     remark: str = ""
     firmware: str | None = None
 
 
-async def list_cores() -> list[CoreDescription]:
-    """All cores that there are, and what is installed for each."""
+async def list_cores(*, unusable: bool = False) -> list[CoreDescription]:
+    """All cores that there are, and what is installed for each.
+
+    Args:
+        unusable: also boards that QEMU has and that cannot be used, with the reason.
+    """
     programs = {board.program for board in BOARDS.values()}
     versions: dict[str, tuple[int, ...] | None] = {}
 
@@ -253,6 +257,11 @@ async def list_cores() -> list[CoreDescription]:
             nursery.start_soon(ask, program)
     found = [*_list_own()]
     found += [_describe(board, versions[board.program]) for board in BOARDS.values()]
+    if unusable:
+        found += [
+            CoreDescription(f"{QEMU}:{name}", "", None, installed=False, usable=False, remark=why)
+            for name, why in UNUSABLE.items()
+        ]
     return found
 
 

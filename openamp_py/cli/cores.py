@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from functools import partial
 
 import trio
 
@@ -31,18 +32,17 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    cores = trio.run(list_cores)
+    cores = trio.run(partial(list_cores, unusable=options.all))
     if options.json:
         print(json.dumps([asdict(core) for core in cores]))
         return DONE
-    usable = [core for core in cores if not core.refused]
-    rows = [_TITLES, *map(_describe, usable)]
+    rows = [_TITLES, *(_describe(core) for core in cores if core.usable)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
     for core in cores:
-        if core.refused:
+        if not core.usable:
             print(f"{core.name}: {core.remark}")
     return DONE
 

@@ -287,7 +287,7 @@ BOARDS: Final[Mapping[str, Board]] = MappingProxyType({board.name: board for boa
 
 
 _OWN_RAM: Final = "QEMU makes its RAM itself, and has no way to share it"
-_OTHERS: Final[Mapping[str, str]] = {
+UNUSABLE: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         (
             *("b-l475e-iot01a", "emcraft-sf2", "lm3s6965evb", "lm3s811evb", "microbit"),
@@ -312,8 +312,8 @@ def find_board(name: str) -> Board:
     if board is not None:
         return board
     there_are = f"there are {', '.join(BOARDS)}"
-    if name in _OTHERS:
-        raise ValueError(f"board {name!r} cannot be used: {_OTHERS[name]}; {there_are}")
+    if name in UNUSABLE:
+        raise ValueError(f"board {name!r} cannot be used: {UNUSABLE[name]}; {there_are}")
     raise ValueError(f"no board is named {name!r}; {there_are}")
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from openamp_py import firmware, shipped_echo
 from openamp_py.cli import main
-from openamp_py.platforms.boards import BOARDS
+from openamp_py.platforms.boards import BOARDS, UNUSABLE
 
 LIMIT = 60.0
 OPENAMP = (sys.executable, "-m", "openamp_py")
@@ -39,6 +39,23 @@ def test_the_table_of_cores(capsys: pytest.CaptureFixture[str]) -> None:
     assert native.split()[-2:] == ["yes", "echo-native.elf"]
     for text in ("Cortex-M3", "0x21000000, 16 MiB", "qemu-system-arm", "echo-cortex-m3.elf"):
         assert text in m3
+
+
+def test_boards_that_cannot_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cores"]) == 0
+    usable = capsys.readouterr().out
+    assert main(["cores", "--all"]) == 0
+    every = capsys.readouterr().out
+    assert every.startswith(usable)
+    assert every[len(usable) :].splitlines() == [
+        f"qemu:{name}: {why}" for name, why in UNUSABLE.items()
+    ]
+    assert main(["cores", "--all", "--json"]) == 0
+    cores = {core["name"]: core for core in json.loads(capsys.readouterr().out)}
+    microbit = cores["qemu:microbit"]
+    assert (microbit["usable"], microbit["remark"]) == (False, UNUSABLE["microbit"])
+    assert main(["ping", "--core", "qemu:microbit"]) == 2
+    assert UNUSABLE["microbit"] in capsys.readouterr().err
 
 
 def test_cores_as_json(capsys: pytest.CaptureFixture[str]) -> None:

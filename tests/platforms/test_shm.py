@@ -145,7 +145,7 @@ def test_bad_urls_say_what_is_wrong(url: str, message: str) -> None:
 
 
 async def test_an_unknown_core_is_named() -> None:
-    with pytest.raises(ValueError, match="unknown core 'qemux'; there are native, loopback"):
+    with pytest.raises(ValueError, match="unknown core 'qemux'; there are auto, native, loopback"):
         async with open_session("qemux"):
             pass
 
