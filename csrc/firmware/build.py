@@ -161,8 +161,11 @@ TARGETS: Mapping[str, Target] = {
 }
 """By name, as it stands in the names of files."""
 
+_COMMON = ("name_service.c", "vring.c", "trace.c", "freestanding.c", "table.S")
+
 APPLICATIONS: Mapping[str, tuple[str, ...]] = {
-    "echo": ("echo.c", "rpmsg_device.c", "trace.c", "freestanding.c", "table.S"),
+    "echo": ("echo.c", "rpmsg_device.c", *_COMMON),
+    "echo-driver": ("echo.c", "rpmsg_driver.c", *_COMMON),
 }
 """The sources of each application, without the port's."""
 
@@ -230,12 +233,18 @@ def build_programs(output_dir: Path) -> None:
 
 
 def build_firmware(
-    output_dir: Path, target: str, application: str = "echo", *, zig: bool = False
+    output_dir: Path,
+    target: str,
+    application: str = "echo",
+    *,
+    zig: bool = False,
+    switches: Mapping[str, object] | None = None,
 ) -> Path:
     """Compiles one application for one target into a directory, which is created if need be.
 
     Args:
         zig: take ``python -m ziglang cc`` instead of Debian's cross compiler.
+        switches: macros, as ``variant.h`` has them.
 
     Returns:
         The path of the image.
@@ -261,6 +270,7 @@ def build_firmware(
                 *compiler,
                 *_FIRMWARE_FLAGS,
                 *chosen.flags,
+                *(f"-D{name}={value}" for name, value in (switches or {}).items()),
                 *flags,
                 "-T",
                 str(script),

@@ -1,18 +1,24 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /*
  * The echo firmware: sends each message back to where it came from, until it is told to stop.
- * echo_protocol.h has the messages that are orders.
+ * echo_protocol.h has the messages that are orders. It is the device or the driver, by what it is
+ * linked with.
  */
 #include "echo_protocol.h"
 #include "freestanding.h"
 #include "port.h"
 #include "rpmsg_device.h"
 #include "trace.h"
+#include "variant.h"
 
 static struct rpmsg_device device;
 static uint32_t unknown_addresses; /* messages dropped for their destination */
 static uint32_t unknown_ns;        /* name-service messages of a wrong size or for another name */
 static bool bound;                 /* the host's address is known */
+
+/* Answered, and not released yet: with VARIANT_HOLD that many are kept. */
+static struct rpmsg_message held[VARIANT_HOLD + 1];
+static uint32_t held_count;
 
 static void bind(uint32_t address, const char *how)
 {
@@ -30,7 +36,7 @@ static bool is_our_name(const char name[RPMSG_NAME_SIZE])
 {
     static const char ours[] = ECHO_CHANNEL_NAME;
 
-    _Static_assert(sizeof ours <= RPMSG_NAME_SIZE, "the NUL ends the comparison");
+    _Static_assert(sizeof ours <= RPMSG_NAME_SIZE + 1, "it is as long as the field or shorter");
     for (uint32_t i = 0; i < RPMSG_NAME_SIZE; i++) {
         if (name[i] != ours[i])
             return false;
@@ -137,10 +143,17 @@ static enum rpmsg_link on_echo(const struct rpmsg_message *message)
     return rpmsg_send(&device, ECHO_ADDRESS, message->source, message->payload, message->length);
 }
 
+static enum rpmsg_link announce(void)
+{
+    return rpmsg_announce(&device, ECHO_CHANNEL_NAME, ECHO_ADDRESS, RPMSG_NS_CREATE);
+}
+
 static enum rpmsg_link dispatch(const struct rpmsg_message *message)
 {
     if (message->destination == ECHO_ADDRESS)
         return on_echo(message);
+    if (VARIANT_ANNOUNCE == ANNOUNCE_ASKED && message->destination == ECHO_ADDRESS + 1)
+        return announce();
     if (message->destination == RPMSG_NS_ADDRESS) {
         on_name_service(message);
     } else if (unknown_addresses++ == 0) {
@@ -152,20 +165,42 @@ static enum rpmsg_link dispatch(const struct rpmsg_message *message)
     return RPMSG_UP;
 }
 
+static void release(const struct rpmsg_message *message)
+{
+    held[held_count++] = *message;
+    if (held_count > VARIANT_HOLD)
+        while (held_count > 0)
+            rpmsg_release(&device, &held[--held_count]);
+}
+
 /* One connection, from a ready driver to its reset. */
 static enum rpmsg_link serve(void)
 {
-    enum rpmsg_link link = rpmsg_wait_driver(&device);
+    enum rpmsg_link link;
 
     bound = false;
+    held_count = 0;
+#if VARIANT_ANNOUNCE == ANNOUNCE_EARLY
+    link = rpmsg_wait_buffers(&device);
+#else
+    link = rpmsg_wait_driver(&device);
+#endif
     if (link == RPMSG_UP)
         link = rpmsg_open(&device, &resource_table.pool);
     if (link == RPMSG_UP) {
         trace_text("driver ready, features ");
         trace_hex(device.features);
         trace_end();
-        link = rpmsg_announce(&device, ECHO_CHANNEL_NAME, ECHO_ADDRESS, RPMSG_NS_CREATE);
+        if (VARIANT_ANNOUNCE != ANNOUNCE_ASKED)
+            link = announce();
+        if (link == RPMSG_UP && VARIANT_ANNOUNCE == ANNOUNCE_TWICE)
+            link = announce();
     }
+#if VARIANT_ANNOUNCE == ANNOUNCE_EARLY
+    rpmsg_flush(&device);
+    if (link == RPMSG_UP)
+        link = rpmsg_wait_driver(&device);
+#endif
     while (link == RPMSG_UP) {
         struct rpmsg_message message;
 
@@ -174,7 +209,7 @@ static enum rpmsg_link serve(void)
             break;
         link = dispatch(&message);
         if (link == RPMSG_UP)
-            rpmsg_release(&device, &message);
+            release(&message);
     }
     return link;
 }

@@ -4,8 +4,12 @@
 #define ECHO_PROTOCOL_H
 
 /* The channel it announces, and the address it has: those of the OpenAMP demos. */
+#ifndef ECHO_CHANNEL_NAME
 #define ECHO_CHANNEL_NAME "rpmsg-openamp-demo-channel"
+#endif
+#ifndef ECHO_ADDRESS
 #define ECHO_ADDRESS 1024u
+#endif
 
 /*
  * Control messages: the first four bytes of a payload, a little-endian word. Shutdown is OpenAMP's

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: BSD-3-Clause */
 /*
  * RPMsg over virtio in the device role, for firmware: one vdev entry of the resource table, two
- * split vrings with flag-based suppression, no memory but the caller's struct.
+ * split vrings with flag-based suppression, no memory but the caller's struct. Linked with
+ * rpmsg_driver.c instead of rpmsg_device.c, the same functions work in the driver role.
  *
  * The host may write to every shared word at any time. Each is loaded once and the copy is checked;
  * indexes are kept here and never read back. What a confused host could send costs one message,
@@ -90,6 +91,9 @@ struct rpmsg_message {
  * status 0.
  */
 enum rpmsg_link rpmsg_wait_driver(struct rpmsg_device *device);
+
+/* With ANNOUNCE_EARLY: spin until the driver has posted its buffers, also before it is ready. */
+enum rpmsg_link rpmsg_wait_buffers(struct rpmsg_device *device);
 
 /* Read what the driver wrote into the table and join the rings where they are. */
 enum rpmsg_link rpmsg_open(struct rpmsg_device *device, const struct table_carveout *pool);

@@ -42,7 +42,7 @@ resource_table:
     .long TABLE_VDEV
     .long TABLE_VIRTIO_ID_RPMSG
     .long TABLE_ANY                 /* notify id */
-    .long TABLE_FEATURE_NS          /* offered */
+    .long TABLE_FEATURES            /* offered */
     .long 0                         /* in use */
     .long 0                         /* config space: none */
     .byte 0                         /* status */

@@ -18,10 +18,22 @@
 #define TABLE_VIRTIO_ID_RPMSG 7
 #define TABLE_FEATURE_NS 1 /* bit 0: name service */
 
-#define VRING_NUM 256    /* entries offered; the host may choose fewer */
+#ifndef TABLE_FEATURES
+#define TABLE_FEATURES TABLE_FEATURE_NS /* offered */
+#endif
+#ifndef VRING_NUM
+#define VRING_NUM 256 /* entries offered; the host may choose fewer */
+#endif
+#ifndef VRING_ALIGN
 #define VRING_ALIGN 4096 /* of the used ring */
-#define RPMSG_BUFFER_SIZE 512
-#define RPMSG_POOL_SIZE (2 * VRING_NUM * RPMSG_BUFFER_SIZE)
+#endif
+#ifndef RPMSG_TO_HOST_SIZE
+#define RPMSG_TO_HOST_SIZE 512 /* of a buffer; where the host is the driver, it is its choice */
+#endif
+#ifndef RPMSG_FROM_HOST_SIZE
+#define RPMSG_FROM_HOST_SIZE 512
+#endif
+#define RPMSG_POOL_SIZE (VRING_NUM * (RPMSG_TO_HOST_SIZE + RPMSG_FROM_HOST_SIZE))
 #define TRACE_SIZE 4096
 
 #ifndef __ASSEMBLER__
