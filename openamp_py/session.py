@@ -56,7 +56,7 @@ class Session:
     """A remote and the bus to it. Made by `open_session`, which ends it.
 
     Args:
-        bus: the RPMsg bus, this side being the host.
+        bus: the RPMsg bus, in the role that the session was opened with.
         processor: the remote, where it was booted or attached here; None for a peer that runs by
             itself.
     """
@@ -213,6 +213,7 @@ async def open_session(
     options: BusOptions = DEFAULT_OPTIONS,
     policy: CrashPolicy = NO_POLICY,
     attach: bool = False,
+    role: Role = Role.DRIVER,
 ) -> AsyncIterator[Session]:
     """Boots a remote and opens the bus to it, for an `async with` block; ends both after it.
 
@@ -231,9 +232,11 @@ async def open_session(
         policy: what happens when the core crashes.
         attach: take over a core that was left running (see `Session.detach`), instead of
             booting one; its devices, their messages and its services are as they were.
+        role: this side's end of the virtio device. The device, for firmware or a peer that is the
+            driver: the bus is there once that has come up.
 
     Raises:
-        ValueError: the core's name, or the URL.
+        ValueError: the core's name, or the URL; or the device's role without an image.
         FirmwareError: the image cannot be used, no core runs it, or its table describes no RPMsg
             device.
         StateError: the image has no resource table.
@@ -244,15 +247,17 @@ async def open_session(
     if isinstance(core, str) and not is_core(core):
         with contextlib.closing(ShmLink(_parse_address(core, image))) as link:
             async with (
-                open_resources(link, Role.DRIVER) as resources,
+                open_resources(link, role) as resources,
                 open_bus(resources.rpmsg_device(), options) as bus,
             ):
                 yield Session(bus, None)
         return
+    if role is Role.DEVICE and image is None and not attach:
+        raise ValueError("the echo service that a core ships is a device: name a driver's image")
     platform, chosen = core, image
     if isinstance(platform, str):
         _, platform, chosen = await choose(platform, image)
-    async with open_processor(platform, policy=policy) as processor:
+    async with open_processor(platform, policy=policy, role=role) as processor:
         if attach:
             if image is not None:
                 raise ValueError("a core that runs already takes no firmware")

@@ -67,6 +67,7 @@ class RemoteProcessor:
     Attributes:
         platform: what kind of core this is.
         name: what it is called, in a registry and in file names.
+        role: this side's end of the core's virtio devices.
         policy: what happens when the core crashes; may be replaced at any time.
         state: where it stands.
         failure: why the core ended by itself, or could not be recovered; None after a new start.
@@ -87,9 +88,11 @@ class RemoteProcessor:
         name: str | None = None,
         firmware: Image | None = None,
         policy: CrashPolicy = NO_POLICY,
+        role: Role = Role.DRIVER,
     ) -> None:
         self.platform = platform
         self.name = platform.name if name is None else name
+        self.role = role
         self.policy = policy
         self.state = ProcessorState.OFFLINE
         self.failure: OpenAMPError | None = None
@@ -506,8 +509,9 @@ class RemoteProcessor:
         Raises:
             PlatformError: there is none, or this platform cannot.
             ResourceTableError: its table is malformed.
-            StateError: not now.
+            StateError: not now, or this side is the device.
         """
+        self._check_driver("attach")
         with self._call(Call.ATTACH) as after:
             await self._prepare()
             try:
@@ -531,8 +535,9 @@ class RemoteProcessor:
 
         Raises:
             PlatformError: the core cannot be left running; nothing has changed.
-            StateError: not now.
+            StateError: not now, or this side is the device.
         """
+        self._check_driver("detach")
         with self._call(Call.DETACH) as after:
             life = self._living()
             await life.ask(partial(life.core.detach, note))
@@ -703,6 +708,13 @@ class RemoteProcessor:
         if self._closed:
             raise StateError(f"cannot {what}: the processor's block has ended")
 
+    def _check_driver(self, what: str) -> None:
+        if self.role is not Role.DRIVER:
+            raise StateError(
+                f"cannot {what}: the core is the driver of its devices, and only those that are "
+                "driven from here can be handed on"
+            )
+
     def _check_idle(self, what: str) -> None:
         if self.state not in (ProcessorState.OFFLINE, ProcessorState.CONFIGURED):
             raise StateError(
@@ -834,7 +846,7 @@ class RemoteProcessor:
         plan = self._plan
         self._resources = Resources(
             core,
-            Role.DRIVER,
+            self.role,
             carveouts=plan.carveouts if plan else None,
             arena=plan.arena if plan else None,
             adopt=adopt,
@@ -984,6 +996,7 @@ async def open_processor(
     name: str | None = None,
     firmware: Image | None = None,
     policy: CrashPolicy = NO_POLICY,
+    role: Role = Role.DRIVER,
 ) -> AsyncIterator[RemoteProcessor]:
     """A remote processor for an `async with` block; shut down, and its platform closed, at its end.
 
@@ -992,11 +1005,14 @@ async def open_processor(
         name: what to call it; by default as its platform.
         firmware: what `boot` loads when it is not told.
         policy: what happens when the core crashes.
+        role: this side's end of the core's virtio devices; the device, for firmware that is the
+            driver. The life of the core is this side's in either role, but for `attach` and
+            `detach`, which only a driver can.
     """
     try:
         async with open_background() as nursery:
             processor = RemoteProcessor(
-                platform, nursery, name=name, firmware=firmware, policy=policy
+                platform, nursery, name=name, firmware=firmware, policy=policy, role=role
             )
             try:
                 yield processor
