@@ -202,6 +202,7 @@ class Resources:
         device = self._create_device(view, index, table.vdevs[index], old.buffers)
         self.table = table
         self.devices = (*self.devices[:index], device, *self.devices[index + 1 :])
+        device.succeed(old)
         old.close()
         if self.failure is not None:
             device.fail(self.failure)

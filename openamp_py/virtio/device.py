@@ -85,6 +85,11 @@ class VirtioDevice:
         find_vrings: device only: where its vrings are by the time its driver has come up; without
             it they stay where they were.
         adopt: driver only: where another driver has the device up, it is taken over as it is.
+
+    Attributes:
+        is_adopted: driver: it was taken over.
+        is_fresh: device: its driver came up before the latest `poll_driver`, and was not up at the
+            one before, so nothing of its rings was worked yet.
     """
 
     def __init__(
@@ -129,6 +134,8 @@ class VirtioDevice:
         self._features = 0
         self._begun = False
         self._closed = False
+        self._was_down = not self.is_up
+        self.is_fresh = False
 
     @property
     def name(self) -> str:
@@ -225,11 +232,17 @@ class VirtioDevice:
         if self.status & NEEDS_RESET:
             self._status.store(0)
         up = self.is_up
+        self.is_fresh = up and self._was_down
+        self._was_down = not up
         if up:
             self._features = self.offered & self._accepted.load()
             if self._find_vrings is not None:
                 self.vrings = tuple(self._find_vrings())
         return up
+
+    def succeed(self, old: VirtioDevice) -> None:
+        """Device: takes the place of another object, in the same life of the driver."""
+        self._was_down = old.is_fresh
 
     def give_up(self) -> None:
         """Driver: the device cannot be used; its side is told so."""
@@ -273,6 +286,7 @@ class VirtioDevice:
             self.memory,
             self.role,
             event_idx=bool(features & VIRTIO_RING_F_EVENT_IDX),
+            fresh=self.is_fresh,
             indirect=bool(features & VIRTIO_RING_F_INDIRECT_DESC),
             name=name,
         )

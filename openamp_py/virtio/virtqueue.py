@@ -99,6 +99,7 @@ class Virtqueue:
         role: this side's end.
         event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_RING_F_INDIRECT_DESC was negotiated; the device end follows them.
+        fresh: for a device: its driver has just begun, so nothing was put back yet.
 
     Raises:
         ValueError: the ring's memory is too small or badly aligned.
@@ -113,6 +114,7 @@ class Virtqueue:
         *,
         event_idx: bool = False,
         indirect: bool = False,
+        fresh: bool = False,
         name: str = "virtqueue",
     ) -> None:
         if ring.nbytes < layout.size:
@@ -121,6 +123,7 @@ class Virtqueue:
         self.role = role
         self.name = name
         self._memory = memory
+        self._fresh = fresh
         pinned = Pinned(ring)
         address = int(ffi.cast("uintptr_t", pinned.pointer))
         # A mapping is not aligned to more than a page.
@@ -184,15 +187,29 @@ class Virtqueue:
         Args:
             seen: index in the other side's ring of the first entry not dealt with yet.
                 By default the used index: a device then takes all chains that were not put
-                back, a driver has looked at everything that was.
+                back, a driver has looked at everything that was. Where a driver has put all its
+                buffers into the used ring before it began, as rpmsg-lite's does, a device begins
+                as much earlier.
 
         Raises:
             VirtqueueError: the indexes contradict each other.
         """
-        start = self.used_index if seen is None else seen
+        start = self._find_start() if seen is None else seen
         if not 0 <= start <= 0xFFFF:
             raise ValueError(f"{self.name}: an index of {start}; 0 to 65535 are possible")
         self.result(lib.vq_attach(self.handle, start))
+
+    def _find_start(self) -> int:
+        """Where `attach` begins by default."""
+        used, num = self.used_index, self.layout.num
+        if self.role is Role.DRIVER:
+            return used
+        available, filled = self.available_index, (used - num) & 0xFFFF
+        ahead = (available - used) & 0xFFFF
+        # Equal indexes are a filled ring of which all was sent, or one with nothing to take. Only
+        # before anything was put back do they tell which.
+        is_filled = ahead > num or (self._fresh and used == available == num)
+        return filled if is_filled and (available - filled) & 0xFFFF <= num else used
 
     def copy(self) -> RingCopy:
         """The vring as it stands in memory, for `takeover`."""

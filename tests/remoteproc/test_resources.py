@@ -159,6 +159,19 @@ async def test_a_reset_that_is_asked_for_is_granted(create_ends: CreateEnds) -> 
         status[0] = 4  # without a kick
 
 
+async def test_what_was_seen_of_the_driver_outlives_the_device(create_ends: CreateEnds) -> None:
+    host_end, remote_end = create_ends(TWO)
+    async with (
+        open_resources(remote_end) as remote,
+        open_resources(host_end, Role.DRIVER) as host,
+        open_bus(host.devices[0]),
+    ):
+        device = await remote.wait_driver(0)
+        assert device.poll_driver() and device.is_fresh
+        device = await remote.wait_driver(0)
+        assert device.poll_driver() and not device.is_fresh
+
+
 @pytest.mark.parametrize("early", [False, True])
 async def test_the_end_of_the_link_ends_the_wait(create_ends: CreateEnds, early: bool) -> None:
     _, remote_end = create_ends(TWO)

@@ -251,6 +251,23 @@ def test_queues_do_what_was_negotiated(feature: int) -> None:
             assert queue.handle.indirect == bool(feature & VIRTIO_RING_F_INDIRECT_DESC)
 
 
+def test_a_device_that_saw_its_driver_come_up_knows_that_nothing_was_put_back() -> None:
+    with bench() as b:
+        assert not b.device.is_fresh
+        assert not b.device.poll_driver()
+        b.driver.begin(0)
+        b.driver.set_driver_ok()
+        assert b.device.poll_driver() and b.device.is_fresh
+        assert b.device.poll_driver() and not b.device.is_fresh
+
+
+def test_a_device_knows_it_also_where_the_driver_was_quick() -> None:
+    with bench() as b:
+        b.driver.begin(0)
+        b.driver.set_driver_ok()
+        assert b.device.poll_driver() and b.device.is_fresh
+
+
 # Queues and kicks.
 
 

@@ -61,7 +61,7 @@ class Wire:
         self.driver = self.end(Role.DRIVER)
         self.device = self.end(Role.DEVICE)
 
-    def end(self, role: Role) -> Virtqueue:
+    def end(self, role: Role, *, fresh: bool = False) -> Virtqueue:
         """One more end, not started."""
         regions = MemoryMap([Region("pool", POOL_PA, POOL_PA, self.pool)])
         queue = Virtqueue(
@@ -71,6 +71,7 @@ class Wire:
             role,
             event_idx=self.event_idx,
             indirect=self.indirect,
+            fresh=fresh,
             name="queue",
         )
         self.queues.append(queue)
@@ -336,6 +337,66 @@ def test_a_driver_that_attaches_knows_its_chains() -> None:
         w.device.put_used(taken(w.device), 0)
         w.device.publish()
         assert again.get_used() == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("used", "available", "fresh", "first"),
+    [
+        # A driver that filled the used ring before it began: 8 entries, so `used` is 8 ahead.
+        (8, 0, False, 0),
+        (8, 7, False, 0),
+        (8, 8, True, 0),
+        (8, 8, False, 8),
+        (9, 8, True, 1),
+        (9, 9, True, 9),
+        (3, 0xFFFF, False, 0xFFFB),
+        (48, 47, True, 40),
+        # One that did not.
+        (0, 0, True, 0),
+        (0, 8, True, 0),
+        (8, 9, True, 8),
+        (8, 16, True, 8),
+        (0xFFFF, 3, False, 0xFFFF),
+        # Neither: what is impossible is found out by what follows.
+        (8, 17, True, 8),
+        (9, 0, True, 9),
+    ],
+)
+def test_a_device_begins_where_its_driver_did(
+    used: int, available: int, fresh: bool, first: int
+) -> None:
+    with wire(start=False) as w:
+        w.set_u16(w.used + 2, used)
+        w.set_u16(w.available + 2, available)
+        device = w.end(Role.DEVICE, fresh=fresh)
+        device.attach()
+        assert device.handle.seen == first
+        assert device.handle.next == device.handle.published == used
+
+
+def test_a_ring_that_was_filled_beforehand_works_as_any() -> None:
+    with wire(start=False) as w:
+        for slot in range(8):
+            w.set_u16(w.used + 4 + 8 * slot, slot)
+        w.set_u16(w.used + 2, 8)
+        device = w.end(Role.DEVICE, fresh=True)
+        device.attach()
+        assert device.get_available() is None
+        for number in range(20):
+            w.descriptor(number % 8, POOL_PA, 4, 0)
+            w.set_u16(w.available + 4 + 2 * (number % 8), number % 8)
+            w.set_u16(w.available + 2, number + 1)
+            assert taken(device) == number % 8
+            device.put_used(number % 8, 4)
+            device.publish()
+            assert w.u16(w.used + 2) == 8 + number + 1
+            assert struct.unpack_from("<II", w.ring, w.used + 4 + 8 * (number % 8)) == (
+                number % 8,
+                4,
+            )
+        w.set_u16(w.available + 2, 29)
+        with pytest.raises(VirtqueueError, match="its index jumped by 9"):
+            device.get_available()
 
 
 @BOTH_WISHES
