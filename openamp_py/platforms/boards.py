@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from openamp_py.constants import DA_ANY
 from openamp_py.errors import ImageError
 from openamp_py.remoteproc.elf import Firmware, Segment, machine_name
 from openamp_py.vring import VringLayout
@@ -451,10 +450,7 @@ def _segment_problem(board: Board, number: int, segment: Segment) -> str | None:
 
 
 def _entry_problem(firmware: Firmware) -> str | None:
-    entry = firmware.entry
-    if firmware.machine == ARM:
-        entry &= ~_THUMB
-    if _is_loaded(firmware, entry):
+    if _is_loaded(firmware, firmware.entry):
         return None
     return f"the entry point {firmware.entry:#x} lies in none of the image's segments"
 
@@ -471,6 +467,7 @@ def _shared_problems(board: Board, firmware: Firmware) -> Iterator[str]:
 
 
 def _shared_parts(firmware: Firmware) -> Iterator[tuple[str, int, int]]:
+    """Names, device addresses and sizes; an address left to the host (DA_ANY) is in no RAM."""
     table = firmware.table
     if table is None:
         return
@@ -483,13 +480,12 @@ def _shared_parts(firmware: Firmware) -> Iterator[tuple[str, int, int]]:
         for number in range(len(vdev.vrings))
     }
     for carveout in table.carveouts:
-        if carveout.da != DA_ANY and carveout.name in buffers | rings:
+        if carveout.name in buffers | rings:
             yield f"carveout {carveout.name!r}", carveout.da, carveout.length
     for index, vdev in enumerate(table.vdevs):
         for number, vring in enumerate(vdev.vrings):
-            if vring.da != DA_ANY:
-                size = VringLayout(vring.num, vring.align).size
-                yield f"vdev {index} vring {number}", vring.da, size
+            size = VringLayout(vring.num, vring.align).size
+            yield f"vdev {index} vring {number}", vring.da, size
 
 
 def _private_window(board: Board, da: int, size: int) -> Window | None:

@@ -64,10 +64,11 @@ def test_architectures(content: list[int], name: str | None) -> None:
     assert decode_architecture_untrusted(section(attributes(bytes(content)))) == name
 
 
-def test_attributes_with_text_are_stepped_over() -> None:
-    content = b"\x05CORTEX\x06M\0" + b"\x20\x01gnu\0" + b"\x43\x062.09\0" + b"\x06\x0b"
+@pytest.mark.parametrize("text", [b"\x04", b"\x05", b"\x43", b"\x20\x01"])
+def test_attributes_with_text_are_stepped_over(text: bytes) -> None:
+    content = b"\x06\x0b" + text + b"\x06\x02\0"
     assert decode_architecture_untrusted(section(attributes(content))) == "v6-M"
-    assert decode_architecture_untrusted(section(attributes(b"\x05CORTEX"))) is None
+    assert decode_architecture_untrusted(section(attributes(text + b"CORTEX"))) is None
 
 
 def test_attributes_of_other_vendors_are_stepped_over() -> None:
