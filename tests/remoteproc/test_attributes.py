@@ -64,8 +64,9 @@ def test_architectures(content: list[int], name: str | None) -> None:
     assert decode_architecture_untrusted(section(attributes(bytes(content)))) == name
 
 
-@pytest.mark.parametrize("text", [b"\x04", b"\x05", b"\x43", b"\x20\x01"])
+@pytest.mark.parametrize("text", [b"\x04\x01", b"\x05\x01", b"\x43\x01", b"\x20\x01"])
 def test_attributes_with_text_are_stepped_over(text: bytes) -> None:
+    """Taken for numbers, these would say v4T."""
     content = b"\x06\x0b" + text + b"\x06\x02\0"
     assert decode_architecture_untrusted(section(attributes(content))) == "v6-M"
     assert decode_architecture_untrusted(section(attributes(text + b"CORTEX"))) is None
