@@ -457,6 +457,23 @@ def test_a_cortex_m_begins_with_stack_entry_and_vector_table(name: str) -> None:
         assert machine.words(da, 2) == [da + 0x1000, da + BEHIND | 1]
 
 
+@pytest.mark.parametrize("name", CORTEX_M)
+def test_a_cortex_m_begins_in_private_ram_too(name: str, tmp_path: Path) -> None:
+    board = find_board(name)
+    file = tmp_path / "image"
+    for da in {board.private[0].da, board.private[len(board.private) // 2].da}:
+        firmware = cortex_m(da, architecture=None)
+        file.write_bytes(firmware.segments[0].data)
+        load = ("-device", f"loader,file={file},addr={da:#x},force-raw=on")
+        with qemu(board, {}, *load, *boot_options(board, firmware)) as machine:
+            machine.execute("cont")
+            machine.execute("stop")
+            text = machine.registers()
+            assert f"R13={da + 0x1000:08x}" in text
+            assert f"R15={da + BEHIND:08x}" in text
+            assert machine.words(0xE000_ED08, 1) == [da], "VTOR"
+
+
 @pytest.mark.parametrize("name", ["virt-rv32", "virt-rv64", "virt-arm", "virt-aarch64"])
 @pytest.mark.parametrize("offset", [0, 0x1000])
 def test_other_cores_begin_at_the_entry(name: str, offset: int) -> None:
