@@ -44,20 +44,6 @@ CORES: Final = ("native", "loopback", "process")
 
 _VERSION_LIMIT: Final = 5.0  # seconds in which a program says its version
 
-# The echo firmware that comes with the package, by the board it is linked for.
-_SHIPPED: Final = {
-    "mps2-an385": "echo-cortex-m3.elf",
-    "mps2-an386": "echo-cortex-m3.elf",
-    "mps2-an511": "echo-cortex-m3.elf",
-    "mps2-an500": "echo-mps2-an500.elf",
-    "mps2-an505": "echo-mps2-an505.elf",
-    "mps2-an521": "echo-mps2-an505.elf",
-    "mps3-an524": "echo-mps3-an524.elf",
-    "mps3-an547": "echo-mps3-an547.elf",
-    "virt-rv32": "echo-rv32.elf",
-    "virt-rv64": "echo-rv64.elf",
-}
-
 
 class Choice(NamedTuple):
     """What was chosen: owned by whoever asked, who closes the platform."""
@@ -186,7 +172,7 @@ def shipped_firmware(board: Board) -> Path:
     Raises:
         PlatformError: there is none, or it was not installed.
     """
-    name = _SHIPPED.get(board.name)
+    name = shipped.ECHO.get(board.name)
     if name is None:
         raise PlatformError(f"no echo firmware is shipped for {board.name}: name your own")
     return shipped.path(name)
@@ -299,5 +285,5 @@ def _describe(board: Board, version: tuple[int, ...] | None) -> CoreDescription:
         version=None if version is None else ".".join(map(str, version)),
         installed=installed and not old,
         remark=remark,
-        firmware=_SHIPPED.get(board.name),
+        firmware=shipped.ECHO.get(board.name),
     )
