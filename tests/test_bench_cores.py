@@ -125,6 +125,7 @@ def test_percentiles() -> None:
 
 def test_the_cpu_time_of_a_process() -> None:
     before = cpu_seconds(os.getpid())
+    assert 0 < before < time.process_time() + 0.01
     end = time.process_time() + 0.02
     while time.process_time() < end:
         pass

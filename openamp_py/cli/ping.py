@@ -163,9 +163,7 @@ def _run(options: argparse.Namespace) -> int:
     with usage_errors():
         check_core(options.core, options.firmware, gdb=options.gdb)
         check_name(options.channel)
-    for name, limit in _LIMITS.items():
-        if getattr(options, name) is None:
-            setattr(options, name, limit if options.gdb is None else math.inf)
+    set_limits(options)
     result = _Result(options.core)
     error: OpenAMPError | OSError | None = None
     try:
@@ -185,6 +183,13 @@ def _run(options: argparse.Namespace) -> int:
     if error is not None:
         raise error
     return FAILED if result.lost or result.corrupt else DONE
+
+
+def set_limits(options: argparse.Namespace) -> None:
+    """Fills in the time limits that were not given."""
+    for name, limit in _LIMITS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, limit if options.gdb is None else math.inf)
 
 
 async def _ping(options: argparse.Namespace, result: _Result) -> None:

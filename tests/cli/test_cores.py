@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from openamp_py import firmware, shipped_echo
 from openamp_py.cli import main
+from openamp_py.cli.ping import set_limits
 from openamp_py.platforms.boards import BOARDS, UNUSABLE
 
 LIMIT = 60.0
@@ -126,6 +130,29 @@ def test_ping_waits_for_a_debugger(tmp_path: Path) -> None:
     assert (ping.returncode, err) == (0, "")
     assert "5 received, 0 lost" in out and "shutdown graceful" in out
     assert not (tmp_path / "gdb").exists()
+
+
+@pytest.mark.parametrize(("gdb", "limits"), [(None, (10, 3, 2)), ("1", (math.inf, 3, math.inf))])
+def test_a_breakpoint_is_no_hang(gdb: str | None, limits: tuple[float, ...]) -> None:
+    options = Namespace(timeout=None, wait=3.0, grace=None, gdb=gdb)
+    set_limits(options)
+    assert (options.timeout, options.wait, options.grace) == limits
+
+
+@needs_qemu
+@needs_gdb
+def test_trace_waits_for_a_debugger(tmp_path: Path) -> None:
+    command = [*OPENAMP, "trace", "--core", M3, "--gdb", f"unix:{tmp_path}/gdb"]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as trace:
+        assert trace.stderr is not None and trace.stdout is not None
+        assert trace.stderr.readline().startswith("the core waits for a debugger: ")
+        target = f"target remote {tmp_path}/gdb"
+        gdb = ["gdb-multiarch", "-batch", "-ex", target, "-ex", "detach"]
+        subprocess.run(gdb, capture_output=True, timeout=LIMIT, check=False)
+        assert trace.stdout.readline().startswith("booted: echo on ")
+        trace.send_signal(signal.SIGINT)
+        _, err = trace.communicate(timeout=LIMIT)
+    assert (trace.returncode, err) == (0, "")
 
 
 @needs_qemu
