@@ -70,11 +70,16 @@ def _run(options: argparse.Namespace) -> int:
         for name in ("firmware", "gdb"):
             if getattr(options, name) is not None:
                 raise UsageError(f"--attach takes no {name}: the core runs already")
-    if options.wait is None:
-        options.wait = _WAIT if options.gdb is None else math.inf
+    set_wait(options)
     with usage_errors():
         check_name(options.core, gdb=options.gdb)
         return trio.run(_trace, options)
+
+
+def set_wait(options: argparse.Namespace) -> None:
+    """Fills in the time to look, if it was not given: a debugger may hold the core for long."""
+    if options.wait is None:
+        options.wait = _WAIT if options.gdb is None else math.inf
 
 
 async def _trace(options: argparse.Namespace) -> int:

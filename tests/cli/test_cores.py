@@ -16,6 +16,7 @@ import pytest
 from openamp_py import firmware, shipped_echo
 from openamp_py.cli import main
 from openamp_py.cli.ping import set_limits
+from openamp_py.cli.trace import set_wait
 from openamp_py.platforms.boards import BOARDS, UNUSABLE
 
 LIMIT = 60.0
@@ -137,6 +138,18 @@ def test_a_breakpoint_is_no_hang(gdb: str | None, limits: tuple[float, ...]) -> 
     options = Namespace(timeout=None, wait=3.0, grace=None, gdb=gdb)
     set_limits(options)
     assert (options.timeout, options.wait, options.grace) == limits
+
+
+@pytest.mark.parametrize(
+    ("wait", "gdb", "limit"),
+    [(None, None, 0.5), (None, "1", math.inf), (3.0, None, 3.0), (3.0, "1", 3.0)],
+)
+def test_trace_looks_as_long_as_a_debugger_may_take(
+    wait: float | None, gdb: str | None, limit: float
+) -> None:
+    options = Namespace(wait=wait, gdb=gdb)
+    set_wait(options)
+    assert options.wait == limit
 
 
 @needs_qemu
