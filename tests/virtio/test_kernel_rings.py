@@ -24,6 +24,7 @@ import cffi
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_source import find_kernel_source
 
 from openamp_py.memory import MemoryMap, Region
 from openamp_py.virtio import Role, Virtqueue
@@ -35,7 +36,6 @@ pytestmark = pytest.mark.kernel_source
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = ROOT / "tests" / "c" / "kernel_rings.c"
-PACKAGED = Path("/usr/src/linux-source-6.1.tar.xz")
 
 # All that the two files include lies below these.
 NEEDED = (
@@ -71,23 +71,6 @@ class Kernel(NamedTuple):
     lib: Any
 
 
-def _source(place: Path) -> Path:
-    """The kernel's source tree; unpacked in `place`, where it is not yet."""
-    named = Path(os.environ.get("OPENAMP_LINUX_SOURCE", PACKAGED))
-    if named.is_dir():
-        return named
-    if not named.exists():
-        pytest.skip(f"no {named} (Debian package linux-source-6.1)")
-    members = [f"linux-*/{name}" for name in NEEDED]
-    wildcards = ("--wildcards", "--no-wildcards-match-slash")
-    subprocess.run(
-        ["tar", "-xf", named, "-C", place, "--strip-components=1", *wildcards, *members],
-        env={**os.environ, "XZ_OPT": "-T0"},
-        check=True,
-    )
-    return place
-
-
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     """The kernel's rings, compiled."""
@@ -95,7 +78,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kernel]:
     if compiler is None:
         pytest.skip("no C compiler (cc)")
     place = tmp_path_factory.mktemp("linux")
-    tree = _source(place).resolve()
+    tree = find_kernel_source(place, NEEDED)
     library = place / "libkernel_rings.so"
     files = [tree / "drivers/vhost/vringh.c", tree / "drivers/virtio/virtio_ring.c", SHIM]
     made = subprocess.run(
