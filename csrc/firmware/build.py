@@ -232,6 +232,54 @@ def build_programs(output_dir: Path) -> None:
             _run([*cc, *_CORE_FLAGS, str(FIRMWARE_DIR.parent / source), "-o", str(made)])
 
 
+def compile_firmware(
+    output: Path,
+    target: str,
+    sources: Sequence[str],
+    flags: Sequence[str] = (),
+    *,
+    zig: bool = False,
+) -> None:
+    """Compiles sources and the port of a target into an image.
+
+    Args:
+        sources: of the application; relative ones lie in this directory.
+        flags: further arguments of the compiler.
+        zig: take ``python -m ziglang cc`` instead of Debian's cross compiler.
+
+    Raises:
+        BuildError: the compiler is missing, or has messages of its own.
+        KeyError: no such target.
+    """
+    chosen = TARGETS[target]
+    if target == "native":
+        compiler, machine_flags = _native_compiler()
+    elif zig:
+        compiler = [sys.executable, "-m", "ziglang", "cc"]
+        machine_flags = (*_ZIG_FLAGS, *chosen.zig_flags)
+    else:
+        compiler, machine_flags = [chosen.gcc], (*_GCC_FLAGS, *chosen.gcc_flags)
+    with _replacing(output, 0o644) as made:
+        script = made.with_suffix(".ld")
+        script.write_text(_linker_script(chosen))
+        _run(
+            [
+                *compiler,
+                *_FIRMWARE_FLAGS,
+                *chosen.flags,
+                *machine_flags,
+                *flags,
+                "-T",
+                str(script),
+                chosen.port,
+                *sources,
+                "-o",
+                str(made),
+            ],
+            package=chosen.package,
+        )
+
+
 def build_firmware(
     output_dir: Path,
     target: str,
@@ -253,34 +301,9 @@ def build_firmware(
         BuildError: the compiler is missing, or has messages of its own.
         KeyError: no such target or application.
     """
-    chosen, sources = TARGETS[target], APPLICATIONS[application]
-    if target == "native":
-        compiler, flags = _native_compiler()
-    elif zig:
-        compiler = [sys.executable, "-m", "ziglang", "cc"]
-        flags = (*_ZIG_FLAGS, *chosen.zig_flags)
-    else:
-        compiler, flags = [chosen.gcc], (*_GCC_FLAGS, *chosen.gcc_flags)
     output = output_dir / f"{application}-{target}.elf"
-    with _replacing(output, 0o644) as made:
-        script = made.with_suffix(".ld")
-        script.write_text(_linker_script(chosen))
-        _run(
-            [
-                *compiler,
-                *_FIRMWARE_FLAGS,
-                *chosen.flags,
-                *(f"-D{name}={value}" for name, value in (switches or {}).items()),
-                *flags,
-                "-T",
-                str(script),
-                chosen.port,
-                *sources,
-                "-o",
-                str(made),
-            ],
-            package=chosen.package,
-        )
+    flags = [f"-D{name}={value}" for name, value in (switches or {}).items()]
+    compile_firmware(output, target, APPLICATIONS[application], flags, zig=zig)
     return output
 
 
