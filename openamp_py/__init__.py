@@ -88,12 +88,15 @@ from openamp_py.rpmsg import (
     Handover,
     HeldMessage,
     Message,
+    RecentMessage,
+    RecentMessages,
     Reservation,
     ServiceWatch,
     WhenFull,
     decode_handover_untrusted,
     encode_handover,
     open_bus,
+    recent_messages,
 )
 from openamp_py.session import Session, Shutdown, open_session
 from openamp_py.virtio import Handshake, Role, VirtioDevice, Virtqueue
@@ -139,6 +142,9 @@ __all__ = [  # noqa: RUF022 - the most important first
     "EndpointStatistics",
     "BusDump",
     "Drops",
+    "recent_messages",
+    "RecentMessages",
+    "RecentMessage",
     "Handover",
     "encode_handover",
     "decode_handover_untrusted",

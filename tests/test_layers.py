@@ -21,6 +21,7 @@ FLOORS = {
     "rpmsg.batch": 3,
     "rpmsg.options": 3,
     "rpmsg.polling": 3,
+    "rpmsg.recent": 3,
     "rpmsg.statistics": 3,
     "rpmsg.in_place": 3,
     "rpmsg.handover": 3,

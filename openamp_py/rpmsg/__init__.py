@@ -11,6 +11,7 @@ from openamp_py.rpmsg.handover import (
 )
 from openamp_py.rpmsg.in_place import HeldMessage, Reservation
 from openamp_py.rpmsg.options import BusOptions
+from openamp_py.rpmsg.recent import RecentMessage, RecentMessages, recent_messages
 from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops, EndpointStatistics
 from openamp_py.rpmsg.watch import ServiceWatch
 from openamp_py.rpmsg.wire import Announcement, Channel
@@ -29,10 +30,13 @@ __all__ = [
     "Handover",
     "HeldMessage",
     "Message",
+    "RecentMessage",
+    "RecentMessages",
     "Reservation",
     "ServiceWatch",
     "WhenFull",
     "decode_handover_untrusted",
     "encode_handover",
     "open_bus",
+    "recent_messages",
 ]

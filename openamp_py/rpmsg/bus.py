@@ -23,11 +23,12 @@ from openamp_py.rpmsg.kept import KeptBuffers
 from openamp_py.rpmsg.name_service import NameService
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS, BusOptions
 from openamp_py.rpmsg.polling import Polling
-from openamp_py.rpmsg.rings import TO_DEVICE, TO_DRIVER, open_rings
+from openamp_py.rpmsg.recent import RecentMessages, recent_messages
+from openamp_py.rpmsg.rings import open_rings
 from openamp_py.rpmsg.sender import Sender
 from openamp_py.rpmsg.statistics import BusDump, BusStatistics, Drops, count_rings
 from openamp_py.rpmsg.watch import ServiceWatch
-from openamp_py.rpmsg.wire import Announcement, Channel, check_name
+from openamp_py.rpmsg.wire import TO_DEVICE, TO_DRIVER, Announcement, Channel, check_name
 from openamp_py.virtio import Message, Role, VirtioDevice
 from openamp_py.virtio.message_ring import KICK, MORE, POLL_HIT, POLLED, RETURNED, SEVERAL, Arrival
 
@@ -259,6 +260,13 @@ class Bus:
                 for name, value in asdict(self._options).items()
             },
         )
+
+    def recent(self) -> RecentMessages:
+        """The last messages of both directions, as far as the rings still hold them.
+
+        Also of a link that failed: see `recent_messages`.
+        """
+        return recent_messages(self._device)
 
     async def wait_failure(self) -> OpenAMPError:
         """Waits until the link fails, and returns what ended it.

@@ -10,12 +10,9 @@ import trio
 
 from openamp_py.constants import RPMSG_F_NS, VIRTIO_ID_RPMSG
 from openamp_py.errors import ResourceTableError, VirtqueueError
-from openamp_py.rpmsg.wire import DEFAULT_BUFFER_SIZE
+from openamp_py.rpmsg.wire import DEFAULT_BUFFER_SIZE, TO_DEVICE, TO_DRIVER
 from openamp_py.virtio import MessageRing, Role, VirtioDevice
 from openamp_py.virtio.takeover import Lent, find_receiving_untrusted, find_sending_untrusted
-
-# Vring 0 carries messages from device to driver, vring 1 the other way.
-TO_DRIVER, TO_DEVICE = 0, 1
 
 # A remote waits for DRIVER_OK. Hosts kick after it, but not every host's kick arrives before
 # the remote listens, so the status is looked at again this often (seconds) until then.

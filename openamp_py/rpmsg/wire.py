@@ -11,6 +11,10 @@ from openamp_py.constants import ADDRESS_ANY, NAME_SERVICE_ADDRESS, NAME_SIZE, S
 DEFAULT_BUFFER_SIZE: Final = 512
 """Bytes of a buffer, header included, that OpenAMP and Linux use."""
 
+# Vring 0 carries messages from device to driver, vring 1 the other way.
+TO_DRIVER: Final = 0
+TO_DEVICE: Final = 1
+
 # name[32], addr u32, flags u32
 _NAME_SERVICE = struct.Struct(f"<{NAME_SIZE}sII")
 
