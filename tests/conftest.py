@@ -1,15 +1,12 @@
-"""Fixtures for all tests: leaks are failures; two buses on one link; the cores to test on."""
+"""Fixtures for all tests: two buses on one link; the cores to test on."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -32,53 +29,6 @@ from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
 from openamp_py.platforms.demo import TABLE, python_firmware
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS
-
-CORES = ("loopback", "process", "native")
-
-
-def _descriptors() -> set[str]:
-    """What this process has open that a platform may have opened."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{name}")
-        except FileNotFoundError:
-            continue  # the listing's own descriptor
-        if target.startswith(("/memfd:openamp", "socket:", "pipe:", "anon_inode:[pidfd]")):
-            found.add(f"{name} -> {target}")
-    return found
-
-
-def _mappings() -> int:
-    """How many mappings of shared memory there are."""
-    return Path("/proc/self/maps").read_text().count("/memfd:openamp")
-
-
-def _children() -> set[str]:
-    found: set[str] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
-            found.update((task / "children").read_text().split())
-    return found
-
-
-def _leaks(before: tuple[set[str], int, set[str]]) -> list[object]:
-    """What is there now that was not there before."""
-    descriptors, mappings, children = before
-    new = [_descriptors() - descriptors, max(0, _mappings() - mappings), _children() - children]
-    return [leak for leak in new if leak]
-
-
-@pytest.fixture(autouse=True)
-def no_leaks() -> Iterator[None]:
-    """Fails the test that leaves a descriptor, a mapping or a child process behind."""
-    before = _descriptors(), _mappings(), _children()
-    yield
-    for generation in range(3):  # what only a cycle keeps is no leak; collecting all is slow
-        if not _leaks(before):
-            return
-        gc.collect(generation)
-    assert not _leaks(before)
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +150,7 @@ def create_ends() -> Iterator[CreateEnds]:
         yield create
 
 
-@pytest.fixture(params=CORES)
-def core(request: pytest.FixtureRequest) -> str:
-    """Every core that a session can boot."""
-    return str(request.param)
+@pytest.fixture
+def core(openamp_core: str) -> str:
+    """Every core of `openamp_cores` in pyproject.toml, or those of the command line."""
+    return openamp_core
