@@ -64,6 +64,9 @@ OUTPUT = {
     ),
     "flood.py": "100000 sent, 100000 counted\n",
 }
+PYTEST = ("test_firmware.py", "failing_firmware.py")
+"""Those that pytest runs."""
+
 SPEED = {"flood.py": r"[\d,]+ messages/s\n"}
 """What a demo says beside its result, where that differs each time."""
 
@@ -81,7 +84,7 @@ def _run(demo: str, *arguments: str) -> str:
 
 
 def test_every_demo_is_run() -> None:
-    assert {path.name for path in DEMOS.glob("*.py")} == set(OUTPUT)
+    assert {path.name for path in DEMOS.glob("*.py")} == {*OUTPUT, *PYTEST}
 
 
 @pytest.mark.parametrize("demo", OUTPUT)
@@ -89,11 +92,49 @@ def test_demo(demo: str) -> None:
     assert _run(demo) == OUTPUT[demo]
 
 
-@pytest.mark.parametrize("demo", OUTPUT)
+@pytest.mark.parametrize("demo", [*OUTPUT, *PYTEST])
 def test_demos_use_only_what_is_public(demo: str) -> None:
     text = (DEMOS / demo).read_text()
     assert not re.search(r"^\s*(from|import) openamp_py\.", text, re.MULTILINE)
     assert set(re.findall(r"\bopenamp_py\.(\w+)", text)) <= set(openamp_py.__all__)
+
+
+def _run_pytest(demo: str, core: str, directory: Path) -> str:
+    """Runs pytest as where there is no configuration of ours."""
+    (directory / "pytest.ini").write_text("[pytest]\nfilterwarnings = error\n")
+    options = ("-c", directory / "pytest.ini", f"--rootdir={DEMOS}", f"--basetemp={directory}/base")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--openamp-core", core, DEMOS / demo],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert not done.stderr
+    return done.stdout
+
+
+@pytest.mark.openamp(cores=["native", "qemu:mps2-an385"])
+def test_the_pytest_demo(openamp_core: str, tmp_path: Path) -> None:
+    assert " 7 passed in " in _run_pytest("test_firmware.py", openamp_core, tmp_path)
+
+
+@pytest.mark.openamp(cores=["native", "qemu:mps2-an385"])
+def test_what_the_failing_pytest_demo_shows(openamp_core: str, tmp_path: Path) -> None:
+    text = _run_pytest("failing_firmware.py", openamp_core, tmp_path)
+    assert " 4 failed in " in text
+    for shown in (
+        '>       assert message.payload == b"hello, host"',
+        "cause: AssertionError: assert b'hello, core' == b'hello, host'",
+        "cause: CoreCrashedError: the core ",
+        "crash on request",
+        "cause: TimeoutError: no end within 1 s (openamp_timeout): failing_firmware.py:",
+        "  0x400 -> 0x35, 40 bytes: announces 'rpmsg-openamp-demo-channel' at 0x400",
+        f"coredump: {tmp_path}/base/openamp/test_meets_a_crash-",
+        "to open it: gdb",
+    ):
+        assert shown in text
+    assert text.count(": what happened -") == text.count(": bus -") == 4
 
 
 def test_ping_demo_on_every_core(core: str) -> None:
