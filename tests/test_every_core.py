@@ -23,7 +23,7 @@ from openamp_py import (
     Session,
 )
 from openamp_py.choosing import list_cores
-from pytest_openamp import OpenSession
+from openamp_py.pytest_plugin import OpenSession
 
 QEMU = (
     "qemu:mps2-an385",

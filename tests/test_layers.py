@@ -55,6 +55,7 @@ FLOORS = {
     "silence": 4,
     "bench_cores": 4,
     "watchdog": 4,
+    "pytest_plugin": 5,
     "testing": 5,
     "cli": 5,
     "__main__": 5,

@@ -42,6 +42,9 @@ _EXAMINE_GRACE: Final = 0.8
 _START_GRACE: Final = 1.0
 """Seconds that a QEMU which has closed its QMP connection at the start has to end."""
 
+_SPARE_AFTER: Final = 0.02
+"""Seconds after a start until the spare for the next one is launched."""
+
 _LOOK_FIRST, _LOOK_LAST = 0.001, 0.1
 """Seconds after the start until it is looked whether kicks arrive, and between looks at last."""
 
@@ -283,7 +286,7 @@ class QemuCore(Core):
                     nursery.start_soon(machine.doorbell.run, notified, self._on_bytes)
                     nursery.start_soon(self._see_to_kicks, machine)
                     nursery.start_soon(self._watch, pidfd)
-                    self._platform.keep_spare(self._arguments)
+                    nursery.start_soon(self._keep_spare)
                     await self._ended.wait()
                     error = await self._judge(machine, pidfd)
                 nursery.cancel_scope.cancel()
@@ -325,6 +328,11 @@ class QemuCore(Core):
         said = _last_line(self._words.text)
         how = f"died of signal {-code}" if code < 0 else f"ended with exit code {code}"
         return PlatformError(f"{self._board.program} {how} at its start{said and f': {said}'}")
+
+    async def _keep_spare(self) -> None:
+        """Makes the next QEMU ready, once this core has had its first moments for itself."""
+        await trio.sleep(_SPARE_AFTER)
+        self._platform.keep_spare(self._arguments)
 
     async def _watch(self, pidfd: int) -> None:
         await trio.lowlevel.wait_readable(pidfd)
@@ -463,15 +471,14 @@ class QemuCore(Core):
             registers, pc = fault.registers, fault.pc
             address, said = fault.address, fault.what
             what = f"{what}: {said}"
-        if kind is None:
-            kind = CrashKind.FATAL_ERROR if address is None else CrashKind.MMU_FAULT
+            kind = kind or fault.kind
         where = "pc unknown" if pc is None else f"pc {pc:#x}"
         return CoreCrashedError(
             f"{what} ({where})",
             signal=number,
             address=address,
             pc=pc,
-            kind=kind,
+            kind=kind or CrashKind.FATAL_ERROR,
             registers=registers,
             fault=said,
         )

@@ -1,8 +1,7 @@
 """The pytest plugin: boots a core for a test, and says what it saw when the test fails.
 
-Installed with openamp_py, and so loaded by every pytest of that environment. It imports neither
-trio nor anything of openamp_py until a test uses one of its fixtures; `openamp_py.testing` does the
-work then.
+Installed with openamp_py, and so loaded by every pytest of that environment (`-p no:openamp` leaves
+it out). `openamp_py.testing` does the work once a test uses a core.
 
     openamp_session    a `Session`: the core is booted, and the bus to it is open
     openamp_bus        its bus
@@ -25,13 +24,15 @@ import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from openamp_py import Bus, Image, Platform, RemoteProcessor, Session
-    from openamp_py.testing import Watch
+from openamp_py.remoteproc import Platform, RemoteProcessor
+from openamp_py.remoteproc.sources import Image
+from openamp_py.rpmsg import Bus
+from openamp_py.session import Session
+from openamp_py.testing import Plan, Watch, find_obstacle
 
 DEFAULT_CORES = ("auto",)
 DEFAULT_TIMEOUT = 30.0
@@ -42,13 +43,13 @@ KEYWORDS = ("cores", "firmware", "options", "policy", "timeout", "leaks")
 
 _ASYNC = ("openamp_session", "openamp_bus", "openamp_processor", "openamp_open")
 
-OpenSession = Callable[..., "AbstractAsyncContextManager[Session]"]
+OpenSession = Callable[..., AbstractAsyncContextManager[Session]]
 """What `openamp_open` is: takes the keywords of `open_session`, to replace the test's own."""
 
-CreatePlatform = Callable[[str], "str | Platform"]
+CreatePlatform = Callable[[str], str | Platform]
 """What `openamp_platform` is."""
 
-_watch_key = pytest.StashKey["Watch"]()
+_watch_key = pytest.StashKey[Watch]()
 _raised_key = pytest.StashKey[bool]()
 
 
@@ -270,8 +271,6 @@ def _openamp_plan(
     if not inspect.iscoroutinefunction(node.obj):
         pytest.fail(f"a test on a core is async: write async def {node.name}", pytrace=False)
     _check_possible(request, openamp_core, openamp_firmware)
-    from openamp_py.testing import Plan, Watch
-
     marked = _marked(node)
     given = marked.get("timeout", config.getini("openamp_timeout"))
     try:
@@ -345,8 +344,6 @@ async def openamp_processor(openamp_session: Session) -> RemoteProcessor:
 
 def _check_possible(request: pytest.FixtureRequest, core: str, image: Image | None) -> None:
     """Skips or fails a test whose core this machine cannot run."""
-    from openamp_py.testing import find_obstacle
-
     obstacle = find_obstacle(core, image)
     if obstacle is None:
         return
