@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from openamp_py.choosing import CoreDescription, choose_core, list_cores
 from openamp_py.constants import ADDRESS_ANY, ECHO_CHANNEL, SHUTDOWN_MSG
 from openamp_py.echo import serve_echo
 from openamp_py.errors import (
@@ -31,6 +32,7 @@ from openamp_py.platforms import (
     ShmAddress,
     ShmLink,
 )
+from openamp_py.platforms.boards import BOARDS, Board
 from openamp_py.platforms.demo import python_firmware
 from openamp_py.platforms.native import shipped_echo
 from openamp_py.registry import Registry, open_registry
@@ -99,6 +101,7 @@ from openamp_py.rpmsg import (
     recent_messages,
 )
 from openamp_py.session import Session, Shutdown, open_session
+from openamp_py.silence import describe_silence
 from openamp_py.virtio import Handshake, Role, VirtioDevice, Virtqueue
 from openamp_py.watchdog import Watchdog, open_heartbeat, open_watchdog
 
@@ -157,6 +160,12 @@ __all__ = [  # noqa: RUF022 - the most important first
     "NativePlatform",
     "ProcessPlatform",
     "QemuPlatform",
+    "Board",
+    "BOARDS",
+    "list_cores",
+    "CoreDescription",
+    "choose_core",
+    "describe_silence",
     "LoopbackPlatform",
     "Core",
     "Link",
