@@ -343,18 +343,25 @@ async def _wait_spinning(pid: int) -> None:
 
 
 def gdb(core: Path, *commands: str) -> str:
-    program = shutil.which("gdb")
+    return run_gdb("gdb", shipped_echo(), core, *commands)
+
+
+def run_gdb(name: str, image: Path, core: Path, *commands: str) -> str:
+    """What a debugger prints of a core, which it must read without complaint."""
+    program = shutil.which(name)
     if program is None:
-        pytest.skip("gdb (Debian package gdb)")
+        pytest.skip(f"{name} (Debian package {name})")
     arguments = [argument for command in commands for argument in ("-ex", command)]
     done = subprocess.run(
-        [program, "-batch", "-nx", str(shipped_echo()), str(core), *arguments],
+        [program, "-batch", "-nx", str(image), str(core), *arguments],
         capture_output=True,
         text=True,
         timeout=LIMIT,
         check=True,
     )
-    assert done.stderr == ""
+    # In what order a checkout writes its files is chance.
+    complaints = done.stderr.replace("warning: Source file is more recent than executable.", "")
+    assert complaints.strip() == ""
     return done.stdout
 
 
@@ -390,9 +397,6 @@ async def test_gdb_shows_where_and_why_a_core_crashed(tmp_path: Path) -> None:
 def test_gdb_shows_where_a_core_of_another_machine_was(
     tmp_path: Path, name: str, registers: tuple[str, ...], thumb: int
 ) -> None:
-    program = shutil.which("gdb-multiarch")
-    if program is None:
-        pytest.skip("gdb-multiarch (Debian package gdb-multiarch)")
     firmware = Path(shipped.path(name))
     image = decode_elf_untrusted(firmware.read_bytes())
     with firmware.open("rb") as file:
@@ -414,22 +418,14 @@ def test_gdb_shows_where_a_core_of_another_machine_was(
     core = tmp_path / "core"
     core.write_bytes(encoded(dump))
     commands = ("info registers", "bt", "p $_siginfo._sifields._sigfault.si_addr")
-    arguments = [argument for command in commands for argument in ("-ex", command)]
-    done = subprocess.run(
-        [program, "-batch", "-nx", str(firmware), str(core), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=True,
-    )
-    assert done.stderr == ""
-    assert "terminated with signal SIGSEGV" in done.stdout
+    shown = run_gdb("gdb-multiarch", firmware, core, *commands)
+    assert "terminated with signal SIGSEGV" in shown
     for register, value in zip(registers, values, strict=True):
         gdbs = "cpsr" if register == "xpsr" else register
-        assert re.search(rf"^{gdbs}\s+{value:#x}\s", done.stdout, re.MULTILINE), register
-    assert re.search(r"^#0 .*\bport_crash \(", done.stdout, re.MULTILINE)
-    assert re.search(r"^#1 .*\bfirmware_main \(", done.stdout, re.MULTILINE)
-    assert "$1 = (void *) 0xdead0000" in done.stdout
+        assert re.search(rf"^{gdbs}\s+{value:#x}\s", shown, re.MULTILINE), register
+    assert re.search(r"^#0 .*\bport_crash \(", shown, re.MULTILINE)
+    assert re.search(r"^#1 .*\bfirmware_main \(", shown, re.MULTILINE)
+    assert "$1 = (void *) 0xdead0000" in shown
 
 
 async def test_gdb_shows_where_a_hung_core_was_interrupted(tmp_path: Path) -> None:
