@@ -36,8 +36,8 @@ class Listener:
                     "unix:PATH is possible"
                 )
             self._port = int(address)
-        elif not self._path:
-            raise ValueError("no place for a debugger: unix: needs a path")
+        elif not self._path or "\0" in self._path:
+            raise ValueError(f"no place for a debugger: {address!r}; unix: needs a path")
 
     @property
     def address(self) -> str:

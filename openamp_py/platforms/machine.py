@@ -120,7 +120,7 @@ class Machine:
                     command += ["-object", "qtest,id=qtest0,chardev=qtest,log=/dev/null"]
                 if listener is not None:
                     self._inherited.append(listener.fileno())
-                    command += _chardev("gdb", f"{listener.fileno()},server=on,wait=off")
+                    command += _chardev("gdb", f"{listener.fileno()},server=on,wait=off,nodelay=on")
                     command += ["-gdb", "chardev:gdb"]
                 for da, data in private:
                     command += self._load(theirs, da, data)

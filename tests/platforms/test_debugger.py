@@ -38,7 +38,9 @@ def test_a_path_goes_when_it_is_closed(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("address", ["", "x", "-1", "65536", "1.5", "unix:", "localhost:1"])
+@pytest.mark.parametrize(
+    "address", ["", "x", "-1", "65536", "1.5", "unix:", "unix:a\0b", "localhost:1"]
+)
 def test_what_is_no_place_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="no place for a debugger"):
         Listener(address)
