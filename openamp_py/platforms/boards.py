@@ -119,7 +119,7 @@ def _cortex_m(
     private: tuple[Window, ...],
     architectures: tuple[str, ...],
     vectors: tuple[str, ...] = _VTOR,
-    interrupts: str = "/machine/armv7m/nvic",
+    interrupts: str = "/machine/armv7m",
 ) -> Board:
     return Board(
         name=machine,
@@ -142,7 +142,7 @@ def _cortex_m(
     )
 
 
-_SSE_NVIC: Final = "/machine/iotkit/cluster0/armv7m0/nvic"
+_SSE_NVIC: Final = "/machine/iotkit/cluster0/armv7m0"
 _PSRAM_21: Final = Window("PSRAM", 0x2100_0000, 16 * _MiB)
 _PSRAM_60: Final = Window("PSRAM", 0x6000_0000, 16 * _MiB)
 _PSRAM_80: Final = Window("PSRAM", 0x8000_0000, 16 * _MiB)
