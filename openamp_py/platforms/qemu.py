@@ -25,6 +25,7 @@ from openamp_py.platforms.boards import Board, Window, boot_options, check_image
 from openamp_py.platforms.child import create_memory, killed
 from openamp_py.platforms.debugger import Listener
 from openamp_py.platforms.machine import MIN_VERSION, Machine, Tail, find_program
+from openamp_py.platforms.qmp import Qmp
 from openamp_py.platforms.registers import Fault, find_fault, parse_registers
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.remoteproc.platform import Core, Platform
@@ -51,9 +52,21 @@ _LOOK_FIRST, _LOOK_LAST = 0.001, 0.1
 _HONEST_FENCES: Final = (8, 1)
 """Before this version QEMU leaves barriers out where there is one CPU."""
 
+_UNREAD: Final = b"\xff"  # what is shown of memory that nobody could read
+
 _ARM: Final = 40  # e_machine
 _FAULT_STATUS: Final = 0xE000_ED28  # Cortex-M: CFSR, HFSR, DFSR, MMFAR, BFAR
 _FAULT_WORDS: Final = 5
+
+_FATAL: Final = "qemu: fatal: "
+"""What QEMU says before it aborts because of its core."""
+
+_LINE: Final = "unnamed-gpio-in"  # QEMU's name of an interrupt controller's inputs
+
+_SWITCHED_OFF: Final = ("guest-shutdown", "guest-panic")
+"""Reasons of a SHUTDOWN after which QEMU ends with the exit code that the firmware has chosen. The
+second is that of a RISC-V core with another code than 0, in versions that do not end at once; a
+panic in earnest is an event of its own, which comes first."""
 
 _WORDS_FOR: Final = {
     None: "the core was interrupted",
@@ -238,7 +251,8 @@ class QemuCore(Core):
         self._arguments = boot_options(board, firmware)
         self._machine: Machine | None = None
         self._words = Tail(_WORDS_LIMIT)
-        self._ended = trio.Event()
+        self._gone = trio.Event()  # the process
+        self._ended = trio.Event()  # the core, and with it all that is waited for
         self._halted: int | None = None
         self._event: str | None = None
         self._interrupted = False
@@ -277,18 +291,19 @@ class QemuCore(Core):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(machine.qmp.run, self._on_event)
                 nursery.start_soon(machine.listen, self._console, self._words)
+                nursery.start_soon(self._watch, pidfd)
                 try:
                     await self._boot(machine)
                 except PlatformError as problem:
-                    error = await self._explain(machine, pidfd, problem)
+                    error = await self._explain(machine, problem)
                 else:
                     task_status.started()
                     nursery.start_soon(machine.doorbell.run, notified, self._on_bytes)
                     nursery.start_soon(self._see_to_kicks, machine)
-                    nursery.start_soon(self._watch, pidfd)
-                    nursery.start_soon(self._keep_spare)
+                    if not self._private:  # the next one's is not known yet
+                        nursery.start_soon(self._keep_spare)
                     await self._ended.wait()
-                    error = await self._judge(machine, pidfd)
+                    error = await self._judge(machine)
                 nursery.cancel_scope.cancel()
             # What it wrote last may have come without a kick that was heard.
             notified()
@@ -306,6 +321,8 @@ class QemuCore(Core):
             )
         if version[:2] < _HONEST_FENCES:
             self.is_out_of_order = True
+        if self._kick_interrupt is not None:
+            await self._check_interrupt(qmp, self._kick_interrupt)
         if machine.wants_reset:  # it has not seen what was loaded since
             await qmp.execute("system_reset")
         await qmp.execute("set-action", reboot="shutdown", shutdown="pause", watchdog="pause")
@@ -317,10 +334,22 @@ class QemuCore(Core):
                     raise
                 # The core has ended in its first instructions: that is for whoever hears its end.
 
-    async def _explain(self, machine: Machine, pidfd: int, problem: PlatformError) -> PlatformError:
+    async def _check_interrupt(self, qmp: Qmp, line: int) -> None:
+        """Refuses a line that the board does not have: QEMU would abort at the first kick."""
+        found = await qmp.execute("qom-list", path=self._board.interrupts)
+        names = [str(member.get("name")) for member in found]
+        lines = sum(name.startswith(_LINE) for name in names)
+        if f"{_LINE}[{line}]" not in names:
+            raise PlatformError(
+                f"{self._board.name} has interrupts 0 to {lines - 1}; {line} was asked for "
+                "(kick_interrupt)"
+            )
+
+    async def _explain(self, machine: Machine, problem: PlatformError) -> PlatformError:
         """Why a QEMU did not start, in its own words if it has any."""
-        with trio.move_on_after(_START_GRACE):
-            await trio.lowlevel.wait_readable(pidfd)
+        if machine.qmp.ended:
+            with trio.move_on_after(_START_GRACE):
+                await self._gone.wait()
         code = machine.process.poll()
         if code is None:
             return problem
@@ -336,6 +365,7 @@ class QemuCore(Core):
 
     async def _watch(self, pidfd: int) -> None:
         await trio.lowlevel.wait_readable(pidfd)
+        self._gone.set()
         self._ended.set()
 
     async def _see_to_kicks(self, machine: Machine) -> None:
@@ -371,9 +401,11 @@ class QemuCore(Core):
 
     # The end
 
-    async def _judge(self, machine: Machine, pidfd: int) -> OpenAMPError | None:
+    async def _judge(self, machine: Machine) -> OpenAMPError | None:
         """How the core ended; None where that was in good order."""
         if self._halted is not None:
+            if self._halted:
+                await self._keep_private(machine)
             return _exited(self._halted)
         event = self._event
         if event == "host-signal":
@@ -381,9 +413,10 @@ class QemuCore(Core):
         if event is not None or self._interrupted:
             with trio.move_on_after(_EXAMINE_GRACE):
                 try:
-                    return await self._examine(machine, pidfd, event)
+                    return await self._examine(machine, event)
                 except PlatformError:
                     if event is not None:
+                        self._lose_private()
                         return CoreDiedError(f"the core ended ({event}), and its QEMU with it")
         code = machine.process.poll()
         self._lose_private()
@@ -401,18 +434,19 @@ class QemuCore(Core):
         if death.signal is not signal.SIGABRT:
             return death
         registers = parse_registers(self.machine, said)
+        _, fatal, rest = said.partition(_FATAL)
+        if not fatal:  # it failed itself
+            death.args = (f"{death}: {_last_line(said) or 'it did not say why'}",)
+            return death
         fault = self._find_fault(registers, {})
-        first = next((line for line in said.splitlines() if "fatal" in line), _last_line(said))
-        what = f"the core locked up: {first.removeprefix('qemu: fatal: ')}"
+        what = f"the core locked up: {rest.splitlines()[0]}"
         return self._crash(what, registers, fault, number=signal.SIGABRT)
 
-    async def _examine(
-        self, machine: Machine, pidfd: int, event: str | None
-    ) -> OpenAMPError | None:
+    async def _examine(self, machine: Machine, event: str | None) -> OpenAMPError | None:
         """Asks a QEMU that has paused, or is to pause, how its core stands; ends it."""
         qmp = machine.qmp
-        if event == "guest-shutdown":
-            return await self._quit(machine, pidfd)
+        if event in _SWITCHED_OFF:
+            return await self._quit(machine)
         machine.process.send_signal(signal.SIGCONT)  # somebody may have stopped it
         await qmp.execute("stop")
         registers = parse_registers(self.machine, await qmp.ask_monitor("info registers"))
@@ -425,10 +459,10 @@ class QemuCore(Core):
         kind = CrashKind.WATCHDOG if event == "WATCHDOG" else None
         return self._crash(what, registers, fault, kind=kind)
 
-    async def _quit(self, machine: Machine, pidfd: int) -> OpenAMPError | None:
+    async def _quit(self, machine: Machine) -> OpenAMPError | None:
         """A core that has switched itself off: its exit code is QEMU's."""
         machine.qmp.post("quit")
-        await trio.lowlevel.wait_readable(pidfd)
+        await self._gone.wait()
         return _exited(machine.process.wait())
 
     async def _read_fault_status(self, machine: Machine) -> dict[int, bytes]:
@@ -489,14 +523,31 @@ class QemuCore(Core):
             return
         path = f"/proc/self/fd/{machine.scratch}"
         for da, held in self._private:
-            await machine.qmp.execute("pmemsave", val=da, size=len(held), filename=path)
+            try:  # as the core sees it: what TrustZone has at two addresses is nowhere else
+                await machine.qmp.execute("memsave", val=da, size=len(held), filename=path)
+            except PlatformError:
+                if machine.qmp.ended:
+                    raise
+                held[:] = _UNREAD * len(held)
+                continue
             saved = os.pread(machine.scratch, len(held), 0)
             held[: len(saved)] = saved
+
+    async def _keep_private(self, machine: Machine) -> None:
+        """The same of a core that has said itself how it ended, and may execute still."""
+        with trio.move_on_after(_EXAMINE_GRACE):
+            try:
+                await machine.qmp.execute("stop")
+                await self._save_private(machine)
+            except PlatformError:
+                self._lose_private()
+            return
+        self._lose_private()
 
     def _lose_private(self) -> None:
         """QEMU took RAM that is not shared with it: it reads as what nobody could read."""
         for _, held in self._private:
-            held[:] = b"\xff" * len(held)
+            held[:] = _UNREAD * len(held)
 
     # What else can be asked of it
 

@@ -24,6 +24,7 @@ from openamp_py import (
     CrashKind,
     Endpoint,
     PlatformError,
+    ProcessorState,
     QemuPlatform,
     Session,
     firmware,
@@ -161,6 +162,97 @@ async def test_a_tether_that_cannot_run_its_program_says_so(tmp_path: Path) -> N
     async with open_processor(QemuPlatform(board)) as processor:
         with pytest.raises(PlatformError, match=r"tether: cannot run \S*no-qemu: No such file"):
             await processor.boot(ECHO_M3)
+
+
+STEPS = ["qmp_capabilities", "set-action", "cont"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+async def test_a_qemu_that_hangs_at_a_step_of_its_start_can_be_given_up(
+    make_fake: MakeFake, step: str
+) -> None:
+    board = make_fake(f"greet(); obey({step!r}); time.sleep(60)")
+    async with open_processor(QemuPlatform(board)) as processor:
+        with trio.move_on_after(0.3) as scope:
+            await processor.boot(ECHO_M3)
+        assert scope.cancelled_caught and processor.state is ProcessorState.OFFLINE
+
+
+@pytest.mark.parametrize("step", ["stop", "human-monitor-command", "memsave"])
+async def test_a_qemu_that_hangs_while_its_core_is_examined_is_killed(
+    make_fake: MakeFake, step: str
+) -> None:
+    image = _image(STORE_42, base=0x2100_0000)
+    image = replace(image, segments=(_segment(0x1000, b"private"), *image.segments))
+    board = make_fake(f"greet(); obey({step!r}); time.sleep(60)")
+    async with open_processor(QemuPlatform(board)) as processor:
+        await processor.boot(image)
+        assert processor.report_crash(CrashKind.WATCHDOG, "silent")
+        with trio.fail_after(2), pytest.raises(CoreCrashedError, match="silent"):
+            await processor.wait_exit()
+        assert processor.map(da=0x1000, size=7) == b"\xff" * 7
+
+
+EVENTS = {
+    "'SHUTDOWN', data={'reason': 'guest-panic'}": "the core ended with exit code 9",
+    "'SHUTDOWN', data={'reason': 'guest-shutdown'}": "the core ended with exit code 9",
+    "'SHUTDOWN', data={'reason': 'guest-reset'}": "the core asked for a reset",
+    "'SHUTDOWN', data={'reason': 'unheard-of'}": r"the core ended \(unheard-of\)",
+    "'WATCHDOG', data=None": "the core's watchdog has expired",
+    "'GUEST_PANICKED', data={}": "the core panicked",
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+async def test_what_qemu_tells_of_the_end(make_fake: MakeFake, event: str) -> None:
+    board = make_fake(
+        f"greet(); n = obey('cont'); say({{'id': n, 'return': {{}}}})\n"
+        f"say(dict(event={event})); obey('quit'); sys.exit(9)"
+    )
+    async with open_processor(QemuPlatform(board)) as processor:
+        await processor.boot(ECHO_M3)
+        with trio.fail_after(2), pytest.raises(CoreDiedError, match=EVENTS[event]):
+            await processor.wait_exit()
+
+
+async def test_a_qemu_that_hangs_when_it_is_to_end_is_killed(make_fake: MakeFake) -> None:
+    board = make_fake(
+        "greet(); n = obey('cont'); say({'id': n, 'return': {}})\n"
+        "say(dict(event='SHUTDOWN', data={'reason': 'guest-shutdown'})); obey('quit')\n"
+        "time.sleep(60)"
+    )
+    async with open_processor(QemuPlatform(board)) as processor:
+        await processor.boot(ECHO_M3)
+        with trio.fail_after(2), pytest.raises(CoreCrashedError, match="does not answer, and is"):
+            await processor.wait_exit()
+
+
+async def test_a_qemu_that_aborts_is_not_taken_for_a_core_that_locked_up(
+    make_fake: MakeFake,
+) -> None:
+    board = make_fake(
+        "greet(); n = obey('cont'); say({'id': n, 'return': {}})\n"
+        "os.write(2, b'gpio.c: Assertion failed\\n'); os.abort()"
+    )
+    async with open_processor(QemuPlatform(board)) as processor:
+        await processor.boot(ECHO_M3)
+        with pytest.raises(CoreCrashedError) as caught:
+            await processor.wait_exit()
+    assert str(caught.value) == "the core's QEMU died of SIGABRT: gpio.c: Assertion failed"
+
+
+async def test_a_qemu_that_floods_its_sockets_does_not_stop_the_host(make_fake: MakeFake) -> None:
+    board = make_fake(
+        "greet(); n = obey('cont'); say({'id': n, 'return': {}})\n"
+        "while True:\n"
+        "    os.write(2, b'w' * 4096); qmp.sendall(b'{\"event\": \"X\"}\\n' * 99)"
+    )
+    async with open_processor(QemuPlatform(board)) as processor:
+        await processor.boot(ECHO_M3)
+        with trio.fail_after(2):
+            for _ in range(20):
+                await trio.sleep(0.005)
+            await processor.stop()
 
 
 async def test_a_qemu_that_stops_answering_is_killed(make_fake: MakeFake) -> None:
