@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from typing import Final
@@ -62,8 +63,12 @@ class Listener:
                 made.listen(1)
                 stack.pop_all()
         except OSError as error:
+            cure = ""
+            if error.errno == errno.EADDRINUSE:
+                cure = "; choose another" if self._path is None else "; remove it if nobody listens"
             raise PlatformError(
-                f"a debugger cannot be waited for at {self.address}: {error.strerror or error}"
+                f"a debugger cannot be waited for at {self.address}: "
+                f"{error.strerror or error}{cure}"
             ) from error
         self.socket = made
 

@@ -87,7 +87,9 @@ class QemuPlatform(Platform):
         gdb: where the core is to wait for a debugger at each start, before its first instruction:
             a TCP port of this machine, or "unix:PATH".
         kick_interrupt: number of the interrupt that is raised for a kick, for firmware with a
-            mailbox interrupt of its own; by default a byte is sent to the doorbell UART.
+            mailbox interrupt of its own; by default a byte is sent to the doorbell UART. The
+            number is the interrupt controller's own; a GIC counts its shared ones from 0, and is
+            to be told that this one is an edge.
         spare: keep a QEMU ready for the next start, once there was a first: that takes a few
             milliseconds then.
 

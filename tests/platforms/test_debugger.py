@@ -49,7 +49,9 @@ def test_what_is_no_place_is_refused(address: str) -> None:
 def test_a_place_that_is_taken_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "gdb"
     path.touch()
-    with pytest.raises(PlatformError, match=f"waited for at {path}: Address already in use"):
+    with pytest.raises(
+        PlatformError, match=f"waited for at {path}: Address already in use; remove it"
+    ):
         Listener(f"unix:{path}").open()
     assert path.exists()
     with pytest.raises(PlatformError, match="AF_UNIX path too long"):

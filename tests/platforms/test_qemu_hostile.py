@@ -513,14 +513,16 @@ async def test_a_debugger_that_never_comes_can_be_given_up() -> None:
         assert scope.cancelled_caught
 
 
+@needs_arm
 async def test_a_place_for_a_debugger_that_is_taken(tmp_path: Path) -> None:
     with socket.socket() as taken, socket.socket(socket.AF_UNIX) as also:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         also.bind(str(tmp_path / "gdb"))
-        for where in (str(taken.getsockname()[1]), f"unix:{tmp_path / 'gdb'}"):
+        places = {str(taken.getsockname()[1]): "choose", f"unix:{tmp_path / 'gdb'}": "remove"}
+        for where, cure in places.items():
             async with open_processor(QemuPlatform(M3, gdb=where)) as processor:
-                with pytest.raises(PlatformError, match="Address already in use"):
+                with pytest.raises(PlatformError, match=f"Address already in use; {cure}"):
                     await processor.boot(ECHO_M3)
         assert (tmp_path / "gdb").exists()
 
@@ -533,8 +535,8 @@ async def test_a_spare_that_cannot_be_used_is_replaced() -> None:
     async with open_processor(QemuPlatform(M3, spare=True)) as processor:
         await processor.boot(ECHO_M3)
         # It was killed meanwhile.
+        await _until(lambda: len(_children()) == 2)
         spare = _children() - {_pid(processor)}
-        assert len(spare) == 1
         os.kill(spare.pop(), signal.SIGKILL)
         await processor.shutdown()
         await processor.boot(ECHO_M3)
@@ -549,6 +551,7 @@ async def test_a_spare_that_cannot_be_used_is_replaced() -> None:
         await processor.boot(held)
         await processor.shutdown()
         await processor.boot(held)
+        await trio.sleep(0.1)
         assert _children() == {_pid(processor)}
 
 
