@@ -177,6 +177,7 @@ class QemuPlatform(Platform):
         spare, self._spare = self._spare, None
         if spare is not None:
             if spare[0] == arguments and not private and spare[1].is_running:
+                spare[1].process.send_signal(signal.SIGCONT)  # somebody may have stopped it
                 spare[1].wants_reset = True
                 return spare[1]
             spare[1].close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -195,6 +197,17 @@ async def test_a_byte_is_no_order_to_switch_off_where_it_is_a_notify_id() -> Non
         await processor.boot(_with_rings(image, 0xF2, 0xF3))
         await trio.sleep(0.2)
         assert processor.state is ProcessorState.RUNNING
+
+
+@needs_arm
+async def test_the_watchdog_of_the_board_is_heard() -> None:
+    # CMSDK watchdog: LOAD = 200; CTRL = interrupt, then reset
+    code = images.load(0, 0x4000_8000) + images.thumb("c821 0160 0321 8160") + images.HANG
+    async with open_processor(QemuPlatform(M3)) as processor:
+        await processor.boot(images.cortex_m(code))
+        error = await _crash_of(processor)
+        assert isinstance(error, CoreCrashedError) and error.kind is CrashKind.WATCHDOG
+        assert "the core's watchdog has expired" in str(error)
 
 
 @needs_arm
@@ -540,6 +553,14 @@ async def test_a_spare_that_cannot_be_used_is_replaced() -> None:
         os.kill(spare.pop(), signal.SIGKILL)
         await processor.shutdown()
         await processor.boot(ECHO_M3)
+        # It was stopped: it is used.
+        await _until(lambda: len(_children()) == 2)
+        spare = _children() - {_pid(processor)}
+        os.kill(next(iter(spare)), signal.SIGSTOP)
+        await processor.shutdown()
+        with trio.fail_after(5):
+            await processor.boot(ECHO_M3)
+        assert spare == {_pid(processor)}
         # The image is another: the table lies elsewhere.
         await processor.shutdown()
         image = images.cortex_m(images.send_once(images.DOORBELL, 0xF5), base=0x2180_0000)
@@ -725,3 +746,29 @@ async def test_an_idle_core_uses_no_processor(board: str) -> None:
 def _cpu_time(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@needs_arm
+async def test_a_host_without_descriptors_says_so_and_loses_none() -> None:
+    async with open_processor(QemuPlatform(M3, kick_interrupt=20, gdb="0")) as processor:
+        held = images.add(images.cortex_m(images.HANG), images.segment(0x2000_0000, b"held"))
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        fillers: list[int] = []
+        refused = 0
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))
+            with contextlib.suppress(OSError):
+                while True:
+                    fillers.append(os.open(os.devnull, os.O_RDONLY))
+            while processor.state is not ProcessorState.RUNNING:
+                try:
+                    await processor.boot(held)
+                except PlatformError as error:
+                    assert "Too many open files" in str(error)
+                    refused += 1
+                    os.close(fillers.pop())
+        finally:
+            for filler in fillers:
+                os.close(filler)
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert refused > 10
