@@ -64,7 +64,7 @@ class Board:
         options: further options of QEMU.
         doorbell: which of its serial ports is the doorbell.
         console: which one is the console, or None where the doorbell is the only one.
-        interrupts: QOM path of its interrupt controller.
+        interrupts: QOM path of what has the inputs of its interrupt controller.
         halt_bytes: firmware cannot switch it off, and says so on the doorbell instead.
         architectures: which of `Firmware.arm_architecture` it runs; empty where that is no matter.
         vectors: options of QEMU that tell the core where its vector table is, with {table} and
