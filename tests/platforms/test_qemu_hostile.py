@@ -550,7 +550,9 @@ async def test_a_spare_that_cannot_be_used_is_replaced() -> None:
         # It was killed meanwhile.
         await _until(lambda: len(_children()) == 2)
         spare = _children() - {_pid(processor)}
-        os.kill(spare.pop(), signal.SIGKILL)
+        dead = spare.pop()
+        os.kill(dead, signal.SIGKILL)
+        os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)  # it takes a moment to die
         await processor.shutdown()
         await processor.boot(ECHO_M3)
         # It was stopped: it is used.
