@@ -15,7 +15,7 @@ from openamp_py.rpmsg.handover import NOTHING
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 from openamp_py.virtio import VirtioDevice
 
-_RECHECK = 0.05
+_RECHECK = 0.1
 """Seconds between looks at the rings of a core whose kicks may be missing."""
 
 

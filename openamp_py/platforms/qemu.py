@@ -46,7 +46,7 @@ _START_GRACE: Final = 1.0
 _SPARE_AFTER: Final = 0.02
 """Seconds after a start until the spare for the next one is launched."""
 
-_LOOK_FIRST, _LOOK_LAST = 0.001, 0.1
+_LOOK_FIRST, _LOOK_LAST = 0.001, 0.25
 """Seconds after the start until it is looked whether kicks arrive, and between looks at last."""
 
 _HONEST_FENCES: Final = (8, 1)
