@@ -102,7 +102,10 @@ async def choose(name: str, image: Image | None = None, *, gdb: str | None = Non
     else:
         await trio.lowlevel.checkpoint()
     if name == QEMU:
-        raise ValueError("which board? Name it (qemu:BOARD), or give firmware to choose it by")
+        raise ValueError(
+            "which board? Name it (qemu:BOARD; `openamp cores` lists them), or give firmware to "
+            "choose it by"
+        )
     if name == AUTO:
         name = "native"
         check_name(name, gdb=gdb)

@@ -38,7 +38,7 @@ from openamp_py.constants import ECHO_CHANNEL
 from openamp_py.errors import CrashKind, OpenAMPError, PeerError
 from openamp_py.remoteproc import Platform
 from openamp_py.remoteproc.sources import Image
-from openamp_py.rpmsg import BusDump, Endpoint
+from openamp_py.rpmsg import BusDump, Endpoint, Message
 from openamp_py.rpmsg.wire import check_name
 from openamp_py.session import Session, Shutdown, check_core, open_session
 
@@ -66,7 +66,7 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
         parser, urls=", or shm:PATH?doorbell=unix:PATH[&listen=1] for a peer that runs already"
     )
     parser.add_argument("--channel", default=ECHO_CHANNEL, help="service to talk to")
-    parser.add_argument("--count", type=positive_int, default=5, help="messages (default: 5)")
+    parser.add_argument("-c", "--count", type=positive_int, default=5, help="messages (default: 5)")
     parser.add_argument(
         "--size", type=int, default=56, help="bytes of data behind 16 of header (default: 56)"
     )
@@ -289,7 +289,7 @@ async def _ping_until_interrupted(
             nursery.start_soon(interrupt)
             try:
                 with pinging:
-                    await _exchange(options, endpoint, result, progress)
+                    await _exchange(options, session, endpoint, result, progress)
             except (trio.BrokenResourceError, PeerError) as error:
                 result.shutdown = Shutdown(False, str(error.__cause__ or error))
                 raise
@@ -301,7 +301,11 @@ async def _ping_until_interrupted(
 
 
 async def _exchange(
-    options: argparse.Namespace, endpoint: Endpoint, result: _Result, progress: Progress
+    options: argparse.Namespace,
+    session: Session,
+    endpoint: Endpoint,
+    result: _Result,
+    progress: Progress,
 ) -> None:
     """Sends `count` messages, one in flight, and checks each reply."""
     data = _PATTERN * options.size
@@ -321,19 +325,19 @@ async def _exchange(
             if silent == _SILENT_LIMIT:
                 raise PeerError(
                     f"no reply to {silent} messages in a row within {options.wait} s each; "
-                    "the remote hangs"
+                    f"{await session.describe_silence()}"
                 )
             continue
         silent = 0
         taken = (time.perf_counter() - begin) * 1e6
         result.received += 1
         result.times.add(taken)
-        good = reply == payload
+        good = reply.payload == payload
         result.corrupt += not good
         if not (options.quiet or options.json):
             remark = "" if good else "  CORRUPT"
             print(
-                f"{len(reply)} bytes from {endpoint.destination:#x}: seq={number} "
+                f"{len(reply.payload)} bytes from {reply.source:#x}: seq={number} "
                 f"time={taken:.0f} us{remark}"
             )
         else:
@@ -342,14 +346,14 @@ async def _exchange(
             await trio.sleep(options.interval)
 
 
-async def _reply(endpoint: Endpoint, number: int, wait: float) -> bytes | None:
+async def _reply(endpoint: Endpoint, number: int, wait: float) -> Message | None:
     """The reply to message `number`, or None; late ones to earlier messages are passed over."""
     with trio.move_on_after(wait):
         async for message in endpoint:
             if len(message.payload) < _PREFIX.size:
-                return message.payload
+                return message
             if _PREFIX.unpack_from(message.payload)[0] >= number:
-                return message.payload
+                return message
         raise PeerError("the remote withdrew its service")
     return None
 

@@ -27,7 +27,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_ping_looks_like_ping(core: str) -> None:
-    done = _run("ping", "--core", core, "--count", "3")
+    done = _run("ping", "--core", core, "-c", "3")
     assert (done.returncode, done.stderr) == (0, "")
     head, *replies, rule, counts, times, end = done.stdout.splitlines()
     assert head == f"PING rpmsg-openamp-demo-channel (0x400) on {core}: 56(72) bytes of data."
@@ -92,6 +92,20 @@ def test_ping_says_at_once_how_its_remote_died(killed_core: str) -> None:
     assert err.startswith("openamp ping: the core") and "died of SIGKILL" in err
     assert "shutdown hard (the core" in out
     assert taken < LIMIT / 2, "it did not hang; how fast it is, is for the benchmark"
+
+
+def test_ping_says_what_it_saw_of_a_remote_that_answers_no_more() -> None:
+    limits = ("--wait", "0.1", "--grace", "0.1")
+    command = [*OPENAMP, "ping", "--core", "native", "-c", "100000000", "-q", *limits]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as ping:
+        assert ping.stdout is not None
+        assert ping.stdout.readline().startswith("PING")
+        (child,) = _children(ping.pid)
+        os.kill(child, signal.SIGSTOP)
+        _, err = ping.communicate(timeout=LIMIT)
+    assert ping.returncode == 1
+    assert "no reply to 3 messages in a row within 0.1 s each; the core runs" in err
+    assert "kicks from it: " in err and "announced: 'rpmsg-openamp-demo-channel'" in err
 
 
 def test_the_json_of_a_ping_that_failed_says_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,7 @@ def test_a_core_that_nobody_debugs_waits_for_ever_unless_there_is_a_limit(
         (["ping", "--core", "shm:/a?doorbell=unix:/b", "--gdb", "1"], "takes no debugger"),
         (["ping", "--core", M3, "--gdb", "nowhere"], "'nowhere'; a port"),
         (["ping", "--core", M3, "--gdb", "65536"], "'65536'; a port"),
-        (["ping", "--core", "qemu"], "which board?"),
+        (["ping", "--core", "qemu"], "`openamp cores` lists them"),
         (["ping", "--core", "qemu:x"], "mps2-an385"),
         (["trace", "--gdb", "1234"], "core native takes no debugger"),
         (["trace", "--core", "x"], "unknown core 'x'"),
