@@ -142,6 +142,7 @@ def _find(processor: RemoteProcessor, name: str | None) -> memoryview:
                 return processor.map(da=trace.da, size=trace.length)
             except ValueError as error:
                 raise ResourceTableError(f"trace buffer {trace.name!r}: {error}") from None
-    names = ", ".join(trace.name for trace in table.traces) or "none"
-    wanted = "trace buffer" if name is None else f"trace buffer {name!r}"
-    raise KeyError(f"no {wanted}; there are: {names}")
+    if not table.traces:
+        raise KeyError("no trace buffer: the firmware's resource table has none")
+    names = ", ".join(trace.name for trace in table.traces)
+    raise KeyError(f"no trace buffer {name!r}; there are: {names}")

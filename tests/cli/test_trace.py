@@ -35,7 +35,7 @@ def test_a_trace_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "code", "message"),
     [
         (["--name", "nothing"], 2, "no trace buffer 'nothing'; there are: trace0"),
-        (["--core", "loopback"], 2, "there are: none"),
+        (["--core", "loopback"], 2, "no trace buffer: the firmware's resource table has none"),
         (["--attach", "/nowhere/core"], 1, "/nowhere/core"),
         (["--attach", "/nowhere/core", "fw.elf"], 2, "takes no firmware"),
         (["missing.elf"], 1, "missing.elf"),
