@@ -297,6 +297,7 @@ def _openamp_plan(
             options=marked.get("options"),
             policy=marked.get("policy"),
             timeout=timeout,
+            full_trace=config.getoption("fulltrace"),
             find_dumps=find_dumps,
         )
     )

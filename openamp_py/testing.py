@@ -70,6 +70,7 @@ class Plan:
     options: BusOptions | None
     policy: CrashPolicy | None
     timeout: float
+    full_trace: bool
     find_dumps: Callable[[], Path]
 
 
@@ -193,6 +194,8 @@ class Watch:
                 if not (self._expired and _is_cancelled(raised)):
                     self.error = raised
                     await self.examine(raised)
+                    if isinstance(raised, trio.BrokenResourceError) and not self._plan.full_trace:
+                        _shorten(raised, self._plan.root)
                     raise
                 error = raised
             finally:
@@ -394,6 +397,15 @@ def _find_places(root: Path) -> list[str]:
 
 def _file(frame: FrameType) -> str:
     return frame.f_code.co_filename
+
+
+def _shorten(error: BaseException, root: Path) -> None:
+    """Leaves of the tracebacks of a failed core what lies in the tests."""
+    _cut(error.__traceback__, root)
+    cause = error.__cause__
+    while isinstance(cause, OpenAMPError):
+        cause.__traceback__ = None
+        cause = cause.__cause__
 
 
 def _cut(trace: TracebackType | None, root: Path) -> TracebackType | None:

@@ -114,7 +114,11 @@ def test_reports_of_failures(run_tests: RunTests, pytester: pytest.Pytester) -> 
     assert "0x400 -> 0x400 rpmsg-openamp-demo-channel" in wrong["bus"]
 
     crash = found["test_crash[native]"]
-    assert "trio.BrokenResourceError" in crash[""] and "await endpoint.receive()" in crash[""]
+    assert (
+        "trio.BrokenResourceError" in crash[""] and ">       await endpoint.receive()" in crash[""]
+    )
+    assert crash[""].startswith("openamp_py.errors.CoreCrashedError: the core died of SIGSEGV")
+    assert "site-packages" not in crash[""] and "endpoint.py" not in crash[""]
     assert crash["what happened"].startswith("cause: CoreCrashedError: the core died of SIGSEGV")
     assert "core: native core, crashed" in crash["what happened"]
     assert "01 a5 56 ef" in crash["last messages"].partition("from the host")[2]
