@@ -462,7 +462,8 @@ def _shared_problems(board: Board, firmware: Firmware) -> Iterator[str]:
         if window is not None:
             yield (
                 f"{what}: {size:#x} bytes at {da:#x} lie in {window.name} of {board.name}, which "
-                f"host and core cannot share; link it into {board.window}"
+                f"host and core cannot share; link it into {board.window}, with no load address "
+                "elsewhere (AT>)"
             )
 
 

@@ -245,7 +245,8 @@ RINGS = (Vring(0x2000_0000, 4096, 16, 0), ANY)
         (
             with_entries(cortex_m(0x2100_0000), 0x2000_0000),
             "the resource table: 0x10 bytes at 0x20000000 lie in SSRAM23 of mps2-an385, which "
-            "host and core cannot share; link it into PSRAM 0x21000000..0x22000000",
+            "host and core cannot share; link it into PSRAM 0x21000000..0x22000000, "
+            "with no load address elsewhere (AT>)",
         ),
         (
             with_entries(cortex_m(0x2100_0000), 0x2100_8000, Vdev(7, 0, 1, vrings=RINGS)),
