@@ -240,6 +240,27 @@ async def test_an_emulated_core_says_where_it_is() -> None:
     assert await core.describe() == ""
 
 
+@needs_qemu
+async def test_an_emulated_core_in_the_handler_of_a_fault_says_so() -> None:
+    firmware, _ = create_first_word(find_board("mps2-an385"))
+    (segment,) = firmware.segments
+    at, entry = firmware.entry - segment.da, firmware.entry
+    image = bytearray(segment.data)
+    image[12:16] = struct.pack("<I", entry + 4 | 1)  # the vector of a hard fault
+    image[at + 4 : at + 10] = image[at : at + 6]  # writes a word, stays there
+    image[at : at + 2] = struct.pack("<H", 0xDE00)  # udf #0
+    segment = replace(segment, data=bytes(image))
+    async with open_processor(QemuPlatform("mps2-an385")) as processor:
+        await processor.boot(replace(firmware, segments=(segment,)))
+        mark = processor.map(da=entry + 20, size=4)
+        with trio.fail_after(LIMIT):
+            while not any(mark):
+                await trio.sleep(0)
+        assert processor.core is not None
+        said = await processor.core.describe()
+    assert said.endswith(f", after a fault: usage fault, undefined instruction (pc {entry:#x})")
+
+
 # Hostile remotes
 
 

@@ -578,16 +578,20 @@ class QemuCore(Core):
         await self._running("resumed").qmp.execute("cont")
 
     async def describe(self) -> str:
-        """Where the core is, and whether QEMU lets it run."""
+        """Where the core is, whether QEMU lets it run, and the fault whose handler it is in."""
         if self._machine is None:
             return ""
         qmp = self._machine.qmp
         try:
             status = await qmp.execute("query-status")
             registers = parse_registers(self.machine, await qmp.ask_monitor("info registers"))
+            fault = self._find_fault(registers, await self._read_fault_status(self._machine))
         except PlatformError:  # it is about to end
             return ""
         where = f" at pc {registers['pc']:#x}" if "pc" in registers else ""
+        if fault is not None:
+            where += f", after a fault: {fault.what}"
+            where += "" if fault.pc is None else f" (pc {fault.pc:#x})"
         held = isinstance(status, dict) and status.get("running") is False
         return f"is held{where}" if held else f"is{where}" if where else ""
 
