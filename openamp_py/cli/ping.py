@@ -179,7 +179,7 @@ def _run(options: argparse.Namespace) -> int:
         if result.coredump is not None:
             print(f"coredump: {result.coredump}")
         if options.console:
-            print(f"--- console ---\n{printable(result.console)}")
+            print(f"--- console ---\n{printable(result.console) or '(empty)'}")
     if error is not None:
         raise error
     return FAILED if result.lost or result.corrupt else DONE

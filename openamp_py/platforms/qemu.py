@@ -21,7 +21,14 @@ from openamp_py.errors import (
     PlatformError,
 )
 from openamp_py.memory import MemoryMap, Region
-from openamp_py.platforms.boards import Board, Window, boot_options, check_image, find_board
+from openamp_py.platforms.boards import (
+    Board,
+    Window,
+    boot_options,
+    check_image,
+    find_board,
+    find_vectors,
+)
 from openamp_py.platforms.child import create_memory, killed
 from openamp_py.platforms.debugger import Listener
 from openamp_py.platforms.machine import MIN_VERSION, Machine, Tail, find_program
@@ -252,6 +259,7 @@ class QemuCore(Core):
         self._console = console
         self._kick_interrupt = kick_interrupt
         self._arguments = boot_options(board, firmware)
+        self._lacks_vectors = bool(board.vectors) and find_vectors(board, firmware) is None
         self._machine: Machine | None = None
         self._words = Tail(_WORDS_LIMIT)
         self._gone = trio.Event()  # the process
@@ -442,7 +450,9 @@ class QemuCore(Core):
             death.args = (f"{death}: {_last_line(said) or 'it did not say why'}",)
             return death
         fault = self._find_fault(registers, {})
-        what = f"the core locked up: {rest.splitlines()[0]}"
+        what = f"the core locked up: {_first_line(rest)}"
+        if self._lacks_vectors:
+            what += "; no vector table was found in the image"
         return self._crash(what, registers, fault, number=signal.SIGABRT)
 
     async def _examine(self, machine: Machine, event: str | None) -> OpenAMPError | None:
@@ -620,6 +630,10 @@ def _exited(code: int, said: str = "") -> CoreDiedError | None:
     return CoreDiedError(
         f"the core ended with exit code {code}{said and f': {said}'}", exit_code=code
     )
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0].strip()
 
 
 def _last_line(text: str) -> str:

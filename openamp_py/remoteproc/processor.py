@@ -984,7 +984,7 @@ def _complete(report: CoreCrashedError, words: OpenAMPError) -> CoreCrashedError
         report.signal, report.exit_code = words.signal, words.exit_code
         report.address, report.fault = words.address, words.fault
         if report.pc is not None:
-            fault = f", after a {report.fault}" if report.fault else ""
+            fault = f", after a fault: {report.fault}" if report.fault else ""
             report.args = (f"{report.args[0]} (it was at pc {report.pc:#x}{fault})",)
     return report
 

@@ -211,6 +211,18 @@ async def test_the_watchdog_of_the_board_is_heard() -> None:
 
 
 @needs_arm
+async def test_an_image_without_a_vector_table_is_told_so() -> None:
+    image = images.cortex_m(images.UNDEFINED)
+    (segment,) = image.segments
+    data = bytes(64) + bytes(segment.data[64:])
+    image = replace(image, segments=(replace(segment, data=data),))
+    async with open_processor(QemuPlatform(M3)) as processor:
+        await processor.boot(image)
+        error = await _crash_of(processor)
+        assert "; no vector table was found in the image" in str(error)
+
+
+@needs_arm
 @pytest.mark.parametrize("stack", [0, 0xDEAD_BEEF])
 async def test_a_fault_without_a_stack_is_a_lock_up(stack: int) -> None:
     image = images.cortex_m(images.UNDEFINED, stack=stack, vectors={3: 0xF000_0001})
