@@ -1,7 +1,7 @@
 """The pytest plugin: boots a core for a test, and says what it saw when the test fails.
 
 Installed with openamp_py, and so loaded by every pytest of that environment (`-p no:openamp` leaves
-it out). `openamp_py.testing` does the work once a test uses a core.
+it out). `openamp_py.pytest_watch` does the work once a test uses a core.
 
     openamp_session    a `Session`: the core is booted, and the bus to it is open
     openamp_bus        its bus
@@ -28,11 +28,11 @@ from typing import Any
 
 import pytest
 
+from openamp_py.pytest_watch import Plan, Watch, find_obstacle
 from openamp_py.remoteproc import Platform, RemoteProcessor
 from openamp_py.remoteproc.sources import Image
 from openamp_py.rpmsg import Bus
 from openamp_py.session import Session
-from openamp_py.testing import Plan, Watch, find_obstacle
 
 DEFAULT_CORES = ("auto",)
 DEFAULT_TIMEOUT = 30.0

@@ -56,7 +56,7 @@ FLOORS = {
     "bench_cores": 4,
     "watchdog": 4,
     "pytest_plugin": 5,
-    "testing": 5,
+    "pytest_watch": 5,
     "cli": 5,
     "__main__": 5,
 }
