@@ -229,10 +229,12 @@ def openamp_firmware(request: pytest.FixtureRequest, openamp_core: str) -> Image
 
 
 def _parse_images(lines: Sequence[str]) -> dict[str, str]:
-    """Images by core, of "CORE=IMAGE"; by "" of "IMAGE"."""
+    """Images by core, of "CORE=IMAGE"; by "" of "IMAGE", a path that may have a "=" in it."""
     images = {}
     for line in lines:
-        core, _, image = line.rpartition("=")
+        core, found, image = line.partition("=")
+        if not found or os.sep in core:
+            core, image = "", line
         images[core.strip()] = image.strip()
     return images
 
@@ -284,8 +286,7 @@ def _openamp_plan(
     dumps = config.getini("openamp_dumps")
 
     def find_dumps() -> Path:
-        base = tmp_path_factory.getbasetemp() / "openamp"
-        return config.rootpath / dumps if dumps else base
+        return config.rootpath / dumps if dumps else tmp_path_factory.getbasetemp() / "openamp"
 
     watch = Watch(
         Plan(
@@ -386,8 +387,8 @@ def pytest_runtest_makereport(
         item.stash[_raised_key] = True
     watch = item.stash.get(_watch_key, None)
     if watch is not None and report.failed and call.when == "call":
-        report.sections += watch.sections
-        item.user_properties += watch.properties
+        report.sections += watch.report.sections
+        item.user_properties += watch.report.properties
     return report
 
 

@@ -9,7 +9,7 @@ import re
 import shlex
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final
@@ -38,8 +38,8 @@ from openamp_py.rpmsg import BusOptions
 from openamp_py.rpmsg.options import DEFAULT_OPTIONS
 from openamp_py.session import Session, open_session
 
-_EXAMINE_GRACE: Final = 10.0
-"""Seconds that the coredump and the rest have when a test has failed."""
+_DUMP_GRACE: Final = 10.0
+"""Seconds that the coredump has when a test has failed."""
 
 _MAX_TEXT: Final = 8192
 """Characters of a trace or a console that a report shows: the last ones."""
@@ -52,7 +52,10 @@ _PACKAGE: Final = Path(__file__).parent
 _MAX_NAME: Final = 100
 """Characters of a test's name in that of its coredump."""
 
-_NO_FAILURE = (pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception)
+_NO_FAILURE = (
+    *(pytest.skip.Exception, pytest.xfail.Exception, pytest.exit.Exception),
+    KeyboardInterrupt,
+)
 
 Section = tuple[str, str]
 """A section of a report: its title and its text."""
@@ -75,6 +78,14 @@ class Plan:
 
 
 @dataclass(slots=True)
+class Report:
+    """What a failure shows: sections of its report, and properties for the JUnit file."""
+
+    sections: list[Section] = field(default_factory=list)
+    properties: list[tuple[str, object]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Boot:
     """A session, and what was booted in it."""
 
@@ -91,18 +102,17 @@ class Watch:
 
     Attributes:
         error: what the test itself has raised, or why its time was up before it began.
-        sections: what the report of its failure gets.
-        properties: the same, for the JUnit file.
+        report: what its failure shows of the cores.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.error: BaseException | None = None
-        self.sections: list[Section] = []
-        self.properties: list[tuple[str, object]] = []
+        self.report = Report()
         self._plan = plan
         self._boots: list[_Boot] = []
         self._time_is_up = ""
-        self._reached = self._examined = self._expired = False
+        self._reached = self._told = self._expired = False
+        self._ended_with: BaseException | None = None
         self._test: trio.CancelScope | None = None
         self._began = 0.0
 
@@ -153,8 +163,8 @@ class Watch:
             self._boots.append(boot)
             try:
                 yield session
-            except Exception as error:
-                await self.examine(error)
+            except BaseException as error:
+                await self._examine_ending(error)
                 raise
             finally:
                 self._boots.remove(boot)
@@ -165,8 +175,9 @@ class Watch:
         async with AsyncExitStack() as stack:
             try:
                 session = await stack.enter_async_context(self.open_session())
-            except (OpenAMPError, OSError, ValueError) as error:
-                why = f"core {self._plan.core} was not booted: {_in_a_line(error)}"
+            except (OpenAMPError, OSError, ValueError, trio.BrokenResourceError) as error:
+                problem = _in_a_line(_find_cause(error) or error)
+                why = f"core {self._plan.core} was not booted: {problem}"
                 self.error = pytest.fail.Exception(why, pytrace=False)
                 raise self.error from None
             yield session
@@ -206,21 +217,47 @@ class Watch:
             raise self.error.with_traceback(trace)
 
     async def examine(self, error: BaseException | None) -> None:
-        """Says what the test's cores did, once; nothing that goes wrong here hides the failure."""
-        if self._examined or isinstance(error, _NO_FAILURE):
+        """Says what the test's cores did, for a test that has failed; once."""
+        if self._told or isinstance(error, _NO_FAILURE):
             return
-        self._examined = True
-        with trio.move_on_after(_EXAMINE_GRACE, shield=True):
+        self._told = True
+        if not self._is_seen(error):
+            self.report = await self._look(error)
+
+    async def _examine_ending(self, error: BaseException) -> None:
+        """Looks at a session that ends with an error while there is something to see.
+
+        Whether the test expects it is not known yet: if it fails of another, that is told instead.
+        """
+        if self._told or self._is_seen(error) or isinstance(error, _NO_FAILURE):
+            return
+        if not _is_cancelled(error):
+            self._ended_with = error
+            report = await self._look(error)
+            if not self._told:  # its time was up meanwhile
+                self.report = report
+
+    def _is_seen(self, error: BaseException | None) -> bool:
+        """Whether it comes from the error of a session that was looked at when it ended."""
+        return any(each is self._ended_with for each in _list_causes(error))
+
+    async def _look(self, error: BaseException | None) -> Report:
+        """Takes down all that can be seen now; nothing that goes wrong here hides the failure."""
+        report = Report()
+        with trio.CancelScope(shield=True):
             for number, boot in enumerate(self._boots, 1):
                 head = f"openamp {self._plan.core}"
                 if len(self._boots) > 1:
                     head += f", session {number}"
                 try:
-                    await self._describe(head, boot, error)
+                    await self._describe(report, head, boot, error)
                 except Exception as problem:
-                    self.sections.append((head, f"this cannot be told: {problem!r}"))
+                    report.sections.append((head, f"this cannot be told: {problem!r}"))
+        return report
 
-    async def _describe(self, head: str, boot: _Boot, error: BaseException | None) -> None:
+    async def _describe(
+        self, report: Report, head: str, boot: _Boot, error: BaseException | None
+    ) -> None:
         """Adds what is known of one session, the most important first."""
         bus, processor = boot.session.bus, boot.session.processor
         happened = [_guarded(lambda: "\n".join(_tell_state(boot, error)))]
@@ -229,7 +266,7 @@ class Watch:
         except Exception as problem:
             happened.append(f"seen: this cannot be told: {problem!r}")
         if processor is not None:
-            happened += await self._dump(boot, processor)
+            happened += await self._dump(report, boot, processor)
         sections = [
             ("what happened", "\n".join(happened)),
             ("last messages", _guarded(lambda: str(bus.recent()))),
@@ -237,17 +274,20 @@ class Watch:
         if processor is not None:
             sections += [(name, _tail(text)) for name, text in _read_texts(processor)]
         sections.append(("bus", _guarded(lambda: str(bus.dump()))))
-        self.sections += [(f"{head}: {title}", text) for title, text in sections]
+        report.sections += [(f"{head}: {title}", text) for title, text in sections]
 
-    async def _dump(self, boot: _Boot, processor: RemoteProcessor) -> list[str]:
+    async def _dump(self, report: Report, boot: _Boot, processor: RemoteProcessor) -> list[str]:
         """Writes the coredump; says where it is, and how to open it."""
         name = re.sub(r"[^\w.]+", "-", self._plan.test)[:_MAX_NAME].strip("-")
         try:
-            dump = await processor.coredump()
-            path = await save_dump(dump, f"{self._plan.find_dumps()}{os.sep}", f"{name}.core")
+            with trio.fail_after(_DUMP_GRACE):
+                dump = await processor.coredump()
+                path = await save_dump(dump, f"{self._plan.find_dumps()}{os.sep}", f"{name}.core")
+        except trio.TooSlowError:
+            return [f"coredump: there is none within {_DUMP_GRACE:g} s"]
         except Exception as problem:
             return [f"coredump: there is none: {problem!r}"]
-        self.properties.append(("openamp_coredump", str(path)))
+        report.properties.append(("openamp_coredump", str(path)))
         lines = [f"coredump: {path}"]
         if dump.machine:
             debugger = "gdb" if dump.machine == native_machine() else "gdb-multiarch"
@@ -320,23 +360,26 @@ def _tell_state(boot: _Boot, error: BaseException | None) -> Iterator[str]:
 
 def _find_cause(error: BaseException | None) -> BaseException | None:
     """The error of ours that a failure comes from: in a group, or behind trio's own classes."""
+    return next((each for each in _list_causes(error) if isinstance(each, OpenAMPError)), None)
+
+
+def _list_causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and all that it comes from, or that are in its group; the nearest first."""
     seen: list[BaseException] = []
-    waiting = [error] if error is not None else []
+    waiting = [error]
     while waiting:
         each = waiting.pop(0)
-        if isinstance(each, OpenAMPError):
-            return each
-        if any(each is known for known in seen):
+        if each is None or any(each is known for known in seen):
             continue
+        yield each
         seen.append(each)
-        waiting += [one for one in (each.__cause__, each.__context__) if one is not None]
+        waiting += [each.__cause__, each.__context__]
         if isinstance(each, BaseExceptionGroup):
             waiting += each.exceptions
-    return None
 
 
 def _in_a_line(error: BaseException) -> str:
-    lines = str(error).splitlines()
+    lines = printable(str(error)).splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 

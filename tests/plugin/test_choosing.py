@@ -164,6 +164,18 @@ def test_firmware_by_marker_ini_file_and_core(
     assert f"else {root}/any.elf" in text
 
 
+@pytest.mark.parametrize(
+    ("given", "image"),
+    [("/a=b/c.elf", "/a=b/c.elf"), ("loopback=/a=b/c.elf", "/a=b/c.elf"), ("native=/n.elf", None)],
+)
+def test_a_path_of_firmware_may_have_what_follows_a_core(
+    run_tests: RunTests, given: str, image: str | None
+) -> None:
+    arguments = ("-s", "-k", "ini", "--openamp-firmware", given)
+    result = run_tests(IMAGES, *arguments, ini="openamp_cores = loopback")
+    result.stdout.fnmatch_lines([f"*ini {image}"])
+
+
 def test_firmware_of_the_command_line_begins_at_the_current_directory(
     run_tests: RunTests, pytester: pytest.Pytester
 ) -> None:

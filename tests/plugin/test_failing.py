@@ -177,6 +177,118 @@ def test_reports_of_failures(run_tests: RunTests, pytester: pytest.Pytester) -> 
     assert "test_passes[native]" not in dict(properties)
 
 
+EXPECTED = """
+CRASH = b"\\x01\\xa5\\x56\\xef"  # echo_protocol.h
+
+async def expect_crash(open_session):
+    with pytest.raises(trio.BrokenResourceError):
+        async with open_session() as session:
+            await session.bus.wait_service(ECHO_CHANNEL)
+            async with session.bus.open_endpoint(ECHO_CHANNEL) as endpoint:
+                await endpoint.wait_bound()
+                await endpoint.send(CRASH)
+                await endpoint.receive()
+
+async def test_next_session(openamp_open):
+    await expect_crash(openamp_open)
+    async with openamp_open() as session:
+        await session.bus.wait_service(ECHO_CHANNEL)
+        raise LookupError("in the second session")
+
+async def test_no_session(openamp_open):
+    await expect_crash(openamp_open)
+    raise LookupError("after it")
+
+async def test_same_error(openamp_open):
+    try:
+        async with openamp_open() as session:
+            raise LookupError("in the session")
+    except LookupError as error:
+        raise ValueError("another class") from error
+
+async def test_said_by_pytest(openamp_open):
+    async with openamp_open() as session:
+        pytest.fail("as said")
+
+@pytest.mark.openamp(timeout=0.5)
+async def test_no_end(openamp_open):
+    await expect_crash(openamp_open)
+    async with openamp_open() as session:
+        await trio.sleep_forever()
+"""
+
+
+def test_an_error_that_the_test_expects_is_not_the_failure(run_tests: RunTests) -> None:
+    result = run_tests(EXPECTED, ini="openamp_cores = native", own=True)
+    result.assert_outcomes(failed=5)
+    found = {name.partition("[")[0]: each for name, each in _sections(result).items()}
+    happened = found["test_next_session"]["what happened"]
+    assert happened.startswith("cause: LookupError: in the second session\ncore: native core, run")
+    assert [*found["test_no_session"]] == [""]
+    happened = found["test_same_error"]["what happened"]
+    assert happened.startswith("cause: LookupError: in the session\ncore: native core, running")
+    assert found["test_said_by_pytest"]["what happened"].startswith("cause: Failed: as said\n")
+    assert found["test_no_end"]["what happened"].startswith("cause: TimeoutError: no end within")
+
+
+def test_who_presses_ctrl_c_waits_for_no_coredump(
+    run_tests: RunTests, pytester: pytest.Pytester
+) -> None:
+    result = run_tests(
+        """
+async def test_interrupted(openamp_session):
+    raise KeyboardInterrupt
+""",
+        ini="openamp_dumps = dumps",
+        own=True,
+    )
+    assert result.ret is pytest.ExitCode.INTERRUPTED
+    assert not (pytester.path / "dumps").exists()
+
+
+def test_a_core_that_is_gone_before_the_bus_is_up(run_tests: RunTests) -> None:
+    result = run_tests(
+        r"""
+import contextlib, openamp_py.pytest_watch
+
+async def test_it(openamp_bus):
+    pass
+
+@pytest.fixture(autouse=True)
+def gone(monkeypatch):
+    @contextlib.asynccontextmanager
+    async def open_session(*_, **__):
+        raise trio.BrokenResourceError from openamp_py.PeerGoneError("it left\x1b[31m at once")
+        yield
+    monkeypatch.setattr(openamp_py.pytest_watch, "open_session", open_session)
+""",
+        own=True,
+    )
+    result.stdout.fnmatch_lines(
+        [r"core auto was not booted: PeerGoneError: it left\x1b[[]31m at once"]
+    )
+
+
+def test_a_coredump_that_does_not_come_hides_nothing(run_tests: RunTests) -> None:
+    result = run_tests(
+        """
+import openamp_py.pytest_watch
+
+async def test_wrong(openamp_processor, monkeypatch):
+    async def coredump():
+        await trio.sleep_forever()
+    monkeypatch.setattr(openamp_processor, "coredump", coredump)
+    monkeypatch.setattr(openamp_py.pytest_watch, "_DUMP_GRACE", 0.05)
+    raise LookupError("the failure")
+""",
+        own=True,
+    )
+    (found,) = _sections(result).values()
+    assert "cause: LookupError: the failure" in found["what happened"]
+    assert "coredump: there is none within 0.05 s" in found["what happened"]
+    assert "endpoints: 0" in found["bus"]
+
+
 @pytest.mark.parametrize("board", ["mps2-an385", "virt-rv32"])
 def test_an_emulated_core_that_crashes(run_tests: RunTests, board: str) -> None:
     result = run_tests(FAILING, "-k", "crash", "--openamp-core", f"qemu:{board}", own=True)
