@@ -138,7 +138,7 @@ async def test_an_end_of_its_own_is_a_typed_error(
     assert processor is not None and processor.failure is caught.value.__cause__
     if isinstance(processor.failure, CoreCrashedError):
         assert processor.failure.registers and processor.failure.pc is not None
-    assert openamp_session.bus.recent().to_device[-1].payload == order
+    assert openamp_session.bus.recent().sent[-1].payload == order
 
 
 async def test_every_board_with_a_firmware_of_ours_is_here() -> None:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 
 from openamp_py.constants import NAME_SERVICE_ADDRESS
 from openamp_py.rpmsg.wire import TO_DEVICE, TO_DRIVER, decode_announcement_untrusted
-from openamp_py.virtio import VirtioDevice
+from openamp_py.virtio import Role, VirtioDevice
 from openamp_py.virtio.message_ring import HEADER_SIZE
 from openamp_py.vring import VringLayout
 
@@ -25,6 +25,7 @@ RECENT_BYTES: Final = 64
 
 _U16 = struct.Struct("<H")
 _DESCRIPTOR = struct.Struct("<QIHH")  # addr u64, len u32, flags, next u16 (virtio 1.2, 2.7.5)
+_INDIRECT = 4  # of its flags: what lies there is a table of descriptors (virtio 1.2, 2.7.5.3)
 _USED = struct.Struct("<II")  # id, len (virtio 1.2, 2.7.8)
 _HEADER = struct.Struct("<IIIHH")  # src, dst, reserved u32; len, flags u16
 _RING = 4  # flags and idx come before the entries of either ring
@@ -71,16 +72,16 @@ class RecentMessages:
     How the messages of one direction lie between those of the other is in no ring.
     """
 
-    to_driver: tuple[RecentMessage, ...]
-    """From the remote to the host."""
-    to_device: tuple[RecentMessage, ...]
-    """From the host to the remote."""
+    received: tuple[RecentMessage, ...]
+    """What the other side wrote."""
+    sent: tuple[RecentMessage, ...]
+    """What this side wrote."""
 
     def __str__(self) -> str:
         lines = []
-        for who, messages in (("the remote", self.to_driver), ("the host", self.to_device)):
-            held = "what its buffers still hold, the latest last" if messages else "nothing"
-            lines.append(f"from {who}: {held}")
+        for what, messages in (("received", self.received), ("sent", self.sent)):
+            held = "what the buffers still hold, the latest last" if messages else "nothing"
+            lines.append(f"{what}: {held}")
             lines += [f"  {message}" for message in messages]
         return "\n".join(lines)
 
@@ -110,7 +111,9 @@ def recent_messages(
         _read(device, index, heads, count, size)
         for index, heads in ((TO_DRIVER, _used_heads), (TO_DEVICE, _available_heads))
     )
-    return RecentMessages(to_driver, to_device)
+    if device.role is Role.DRIVER:
+        return RecentMessages(to_driver, to_device)
+    return RecentMessages(to_device, to_driver)
 
 
 def _read(
@@ -135,7 +138,7 @@ def decode_recent_untrusted(
 
     Where a descriptor comes again, what its buffer held then is overwritten. Left out is also what
     is no message: a descriptor that is none, a buffer that is not in memory, or is too small for a
-    header.
+    header. Of a table of descriptors the first one counts.
 
     Args:
         ring: a vring's bytes; the descriptors come first.
@@ -152,7 +155,12 @@ def decode_recent_untrusted(
         if head in seen or (head + 1) * _DESCRIPTOR.size > len(ring):
             continue
         seen.add(head)
-        address, length, _, _ = _DESCRIPTOR.unpack_from(ring, head * _DESCRIPTOR.size)
+        address, length, flags, _ = _DESCRIPTOR.unpack_from(ring, head * _DESCRIPTOR.size)
+        if flags & _INDIRECT:
+            table = find(address, _DESCRIPTOR.size) if length >= _DESCRIPTOR.size else None
+            if table is None:
+                continue
+            address, length, _, _ = _DESCRIPTOR.unpack(table)
         here = min(length, HEADER_SIZE + size)
         buffer = find(address, here) if length >= HEADER_SIZE else None
         if buffer is None:

@@ -121,7 +121,7 @@ def test_reports_of_failures(run_tests: RunTests, pytester: pytest.Pytester) -> 
     assert "site-packages" not in crash[""] and "endpoint.py" not in crash[""]
     assert crash["what happened"].startswith("cause: CoreCrashedError: the core died of SIGSEGV")
     assert "core: native core, crashed" in crash["what happened"]
-    assert "01 a5 56 ef" in crash["last messages"].partition("from the host")[2]
+    assert "01 a5 56 ef" in crash["last messages"].partition("\nsent: ")[2]
     assert "crash on request" in crash["trace trace0"]
     (command,) = re.findall("^to open it: (.*)", crash["what happened"], re.MULTILINE)
     dump = pytester.path / "dumps" / "test_crash-native.core"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import trio
@@ -54,12 +55,28 @@ async def test_both_directions_of_a_link(core: str) -> None:
                 await ept.send(b"number %d" % number)
                 await ept.receive()
             recent = session.bus.recent()
-            assert recent.to_driver[1:] == tuple(
+            assert recent.received[1:] == tuple(
                 RecentMessage(1024, ept.address, 8, b"number %d" % number) for number in range(3)
             )
-            assert "announces 'rpmsg-openamp-demo-channel' at 0x400" in str(recent.to_driver[0])
-            assert recent.to_device[-1] == (ept.address, 1024, 8, b"number 2")
+            assert "announces 'rpmsg-openamp-demo-channel' at 0x400" in str(recent.received[0])
+            assert recent.sent[-1] == (ept.address, 1024, 8, b"number 2")
             assert "6e 75 6d 62 65 72 20 32" in str(recent) and "  number 2\n" in str(recent)
+
+
+async def test_the_device_has_the_same_the_other_way_round(open_pair: Any) -> None:
+    with trio.fail_after(LIMIT):
+        async with (
+            open_pair() as pair,
+            pair.remote.open_endpoint("echo") as remote,
+            pair.host.open_endpoint("echo") as host,
+        ):
+            await host.wait_bound()
+            await host.send(b"from the host")
+            await remote.receive()
+            here, there = pair.host.recent(), pair.remote.recent()
+            assert here.sent[-1].payload == b"from the host"
+            assert there.received == here.sent
+            assert there.sent == here.received != ()
 
 
 async def test_a_dead_core_has_its_last_messages_too() -> None:
@@ -69,7 +86,7 @@ async def test_a_dead_core_has_its_last_messages_too() -> None:
             with pytest.raises(trio.BrokenResourceError):
                 await endpoint.receive()
             assert isinstance(session.bus.failure, CoreCrashedError)
-            assert session.bus.recent().to_device[-1].payload == CRASH
+            assert session.bus.recent().sent[-1].payload == CRASH
 
 
 async def test_count_and_size_are_limits() -> None:
@@ -84,13 +101,13 @@ async def test_count_and_size_are_limits() -> None:
             processor = session.processor
             assert processor is not None
             device = processor.rpmsg_device()
-            latest = recent_messages(device, count=2, size=3).to_driver
+            latest = recent_messages(device, count=2, size=3).received
             assert [message.payload for message in latest] == [b"\x12" * 3, b"\x13" * 3]
             assert [message.length for message in latest] == [100, 100]
             assert "97 bytes more" in str(latest[0])
             nothing = recent_messages(device, count=0)
-            assert nothing.to_driver == nothing.to_device == ()
-            assert str(nothing) == "from the remote: nothing\nfrom the host: nothing"
+            assert nothing.received == nothing.sent == ()
+            assert str(nothing) == "received: nothing\nsent: nothing"
             with pytest.raises(ValueError, match="-1 messages of 64 bytes"):
                 recent_messages(device, count=-1)
 
@@ -118,6 +135,21 @@ def test_what_is_no_message_is_left_out(descriptor: tuple[int, int], head: int) 
     ring = _table(descriptor)
     memory = _memory(_message(b"hello"))
     assert decode_recent_untrusted(ring, [head], memory.find_pa, 16, 64) == ()
+
+
+@pytest.mark.parametrize(
+    ("table", "size", "found"),
+    [((POOL, 64), 16, [b"hello"]), ((POOL, 64), 15, []), ((POOL - 1, 64), 16, [])],
+    ids=["its buffer", "too small a table", "nowhere"],
+)
+def test_a_table_of_descriptors_is_no_message(
+    table: tuple[int, int], size: int, found: list[bytes]
+) -> None:
+    memory = _memory(_message(b"hello"), _table(table))
+    for address, seen in ((POOL + 64, found), (POOL - 64, [])):
+        ring = struct.pack("<QIHH", address, size, 4, 0)
+        messages = decode_recent_untrusted(ring, [0], memory.find_pa, 16, 64)
+        assert [message.payload for message in messages] == seen
 
 
 def test_a_length_that_is_a_lie_shows_what_is_there() -> None:
@@ -155,5 +187,5 @@ async def test_any_rings_give_a_result(data: st.DataObject) -> None:
             assert view is not None
             view[:] = data.draw(st.binary(min_size=layout.size, max_size=layout.size))
         found = recent_messages(device)
-        assert len(found.to_driver) <= NUM and len(found.to_device) <= NUM
+        assert len(found.received) <= NUM and len(found.sent) <= NUM
         assert str(found)
