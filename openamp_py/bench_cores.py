@@ -9,34 +9,33 @@ Cores run where the scheduler puts them, as a program's do.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import statistics
 import struct
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 import trio
 
+from openamp_py import firmware as shipped
 from openamp_py.background import plain_errors
 from openamp_py.bench import CASES, PythonContender, patience
-from openamp_py.bench_lifecycle import Figure
+from openamp_py.bench_lifecycle import Figure, echo, open_echo
 from openamp_py.choosing import CORES, QEMU, check_name
-from openamp_py.constants import ECHO_CHANNEL
-from openamp_py.errors import PeerError, PlatformError
+from openamp_py.errors import PlatformError
 from openamp_py.memory import SharedMemory
 from openamp_py.platforms.boards import ARM, BOARDS, RISCV, Board, boot_options, find_board
-from openamp_py.platforms.child import create_memory
+from openamp_py.platforms.child import create_memory, spawn
 from openamp_py.platforms.machine import find_program
 from openamp_py.platforms.qemu import QemuPlatform
-from openamp_py.remoteproc import Firmware, Platform
+from openamp_py.remoteproc import Firmware
 from openamp_py.remoteproc.elf import Segment
 from openamp_py.rpmsg import Endpoint
-from openamp_py.session import Session, open_session
 
 CORES_CASE: Final = "cores"
 """The case's name."""
@@ -152,31 +151,6 @@ def _list_steps(core: str) -> Sequence[_Step]:
     )
 
 
-# Cores that echo
-
-
-@asynccontextmanager
-async def _open_echo(core: str | Platform) -> AsyncIterator[tuple[Session, Endpoint]]:
-    """A session and an endpoint that has had its first echo, for an `async with` block."""
-    async with (
-        open_session(core) as session,
-        session.bus.open_endpoint(ECHO_CHANNEL, rebind=True) as endpoint,
-    ):
-        await _echo(endpoint, b"first")
-        yield session, endpoint
-
-
-async def _echo(endpoint: Endpoint, payload: bytes) -> None:
-    await endpoint.wait_bound()
-    await endpoint.send(payload)
-    received = (await endpoint.receive()).payload
-    if received != payload:
-        raise PeerError(
-            f"{received[:8]!r} of {len(received)} bytes came back for {payload[:8]!r} of "
-            f"{len(payload)}"
-        )
-
-
 # The steps
 
 
@@ -201,13 +175,13 @@ async def _measure_emulated_start(run: _Run) -> Sequence[Figure]:
 async def _start_core(core: str) -> float:
     """Milliseconds to the first echo."""
     begin = time.perf_counter()
-    async with _open_echo(core):
+    async with open_echo(core):
         return 1e3 * (time.perf_counter() - begin)
 
 
 async def _measure_messages(run: _Run) -> Sequence[Figure]:
     middle, late, rates = [], [], []
-    async with _open_echo(run.core) as (session, endpoint):
+    async with open_echo(run.core) as (session, endpoint):
         await _round_trips(endpoint, 0.0)
         contender = PythonContender(session.bus, _address(endpoint), None)
         for _ in range(run.repeat):
@@ -234,7 +208,7 @@ async def _round_trips(endpoint: Endpoint, seconds: float) -> list[float]:
     end = time.perf_counter() + seconds
     while len(times) < _WARM_UP or time.perf_counter() < end:
         begin = time.perf_counter()
-        await _echo(endpoint, payload)
+        await echo(endpoint, payload)
         times.append(1e6 * (time.perf_counter() - begin))
     return times
 
@@ -248,14 +222,14 @@ def percentile(values: Sequence[float], share: float) -> float:
 async def _measure_spare(run: _Run) -> Sequence[Figure]:
     """A boot in a session, for which a QEMU was launched beforehand."""
     taken = []
-    async with _open_echo(QemuPlatform(run.board, spare=True)) as (session, endpoint):
+    async with open_echo(QemuPlatform(run.board, spare=True)) as (session, endpoint):
         assert session.processor is not None, "it was booted here"
         for _ in range(run.repeat + 1):
             await trio.sleep(_SETTLE)
             await session.processor.shutdown()
             begin = time.perf_counter()
             await session.processor.boot()
-            await _echo(endpoint, b"again")
+            await echo(endpoint, b"again")
             taken.append(1e3 * (time.perf_counter() - begin))
     return [run.figure("pre-launched", "ms", taken[1:], _MOST_PRE_LAUNCHED)]
 
@@ -264,7 +238,7 @@ async def _measure_idle(run: _Run) -> Sequence[Figure]:
     """CPU time of QEMU, and of this program, while nobody says anything."""
     core, host = [], []
     watched = 3 * run.seconds
-    async with _open_echo(run.core) as (session, _):
+    async with open_echo(run.core) as (session, _):
         assert session.processor is not None, "it was booted here"
         pid = getattr(session.processor.core, "pid", None)
         assert isinstance(pid, int), "it was started"
@@ -322,7 +296,7 @@ class _Together:
 
 
 async def _be_one_of_several(run: _Run, together: _Together) -> None:
-    async with _open_echo(run.core) as (session, endpoint):
+    async with open_echo(run.core) as (session, endpoint):
         together.up += 1
         if together.up == TOGETHER:
             together.all_up = time.perf_counter()
@@ -381,17 +355,13 @@ def _spawned(
     """A QEMU with nothing but the board, for a `with` block."""
     backend = f"memory-backend-file,id=ram,size={ram.size},mem-path=/proc/self/fd/{ram.fd},share=on"
     command = [
-        *(find_program(board), "-display", "none", "-nodefaults", "-no-user-config"),
+        # One whose bench was killed would keep a CPU busy for good.
+        *(str(shipped.path("tether")), str(os.getpid()), find_program(board)),
+        *("-display", "none", "-nodefaults", "-no-user-config"),
         *("-monitor", "none", "-machine", f"{board.machine},memory-backend=ram"),
         *("-object", backend, *board.options, *options),
     ]
-    process = subprocess.Popen(
-        command,
-        pass_fds=[ram.fd],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = spawn(command, [ram.fd], stderr=subprocess.DEVNULL)
     try:
         yield process
     finally:

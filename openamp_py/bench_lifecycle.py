@@ -203,7 +203,7 @@ def _list_steps(core: str) -> Sequence[_Step]:
 
 
 @asynccontextmanager
-async def _open_echo(
+async def open_echo(
     core: str | Platform, *, policy: CrashPolicy = NO_POLICY, attach: bool = False
 ) -> AsyncIterator[tuple[Session, Endpoint]]:
     """A session and an endpoint that has had its first echo, for an `async with` block."""
@@ -211,20 +211,27 @@ async def _open_echo(
         open_session(core, policy=policy, attach=attach) as session,
         session.bus.open_endpoint(ECHO_CHANNEL, rebind=True) as endpoint,
     ):
-        await _ping(endpoint)
+        await echo(endpoint)
         yield session, endpoint
 
 
-async def _ping(endpoint: Endpoint) -> None:
-    """Has a message echoed, as soon as there is a service to do so."""
+async def echo(endpoint: Endpoint, payload: bytes = _PING) -> None:
+    """Has a message echoed, as soon as there is a service to do so.
+
+    Raises:
+        PeerError: something else came back.
+    """
     await endpoint.wait_bound()
-    await endpoint.send(_PING)
-    _check_echo((await endpoint.receive()).payload)
+    await endpoint.send(payload)
+    _check_echo((await endpoint.receive()).payload, payload)
 
 
-def _check_echo(payload: bytes) -> None:
-    if payload != _PING:
-        raise PeerError(f"{payload[:8]!r} of {len(payload)} bytes came back for {_PING!r}")
+def _check_echo(received: bytes, payload: bytes) -> None:
+    if received != payload:
+        raise PeerError(
+            f"{received[:8]!r} of {len(received)} bytes came back for {payload[:8]!r} of "
+            f"{len(payload)}"
+        )
 
 
 async def _crash(session: Session, endpoint: Endpoint) -> None:
@@ -246,7 +253,7 @@ async def _recover(session: Session, endpoint: Endpoint) -> float:
     begin = time.perf_counter()
     await _crash(session, endpoint)
     await session.wait_up()
-    await _ping(endpoint)
+    await echo(endpoint)
     return time.perf_counter() - begin
 
 
@@ -257,20 +264,20 @@ async def _measure_sessions(run: _Run) -> Sequence[Figure]:
     seconds = []
     for _ in range(run.repeat + 1):
         begin = time.perf_counter()
-        async with _open_echo(run.core):
+        async with open_echo(run.core):
             seconds.append(time.perf_counter() - begin)
     return [run.times("session", seconds[1:], run.most_to_first_message)]
 
 
 async def _measure_boots(run: _Run) -> Sequence[Figure]:
     seconds = []
-    async with _open_echo(run.core) as (session, endpoint):
+    async with open_echo(run.core) as (session, endpoint):
         assert session.processor is not None, "it was booted here"
         for _ in range(run.repeat + 1):
             await session.processor.shutdown()
             begin = time.perf_counter()
             await session.processor.boot()
-            await _ping(endpoint)
+            await echo(endpoint)
             seconds.append(time.perf_counter() - begin)
     return [run.times("boot", seconds[1:], run.most_to_first_message)]
 
@@ -287,7 +294,7 @@ async def _measure_recoveries(run: _Run) -> Sequence[Figure]:
         seconds = []
         for _ in range(run.repeat + 1):
             # A session for each: at its end, a dump that is still to be written is waited for.
-            async with _open_echo(run.core, policy=policy) as (session, endpoint):
+            async with open_echo(run.core, policy=policy) as (session, endpoint):
                 seconds.append(await _recover(session, endpoint))
         limit = run.most_to_first_message if mode is CoredumpMode.DISABLED else None
         figures.append(run.times(step, seconds[1:], limit))
@@ -296,7 +303,7 @@ async def _measure_recoveries(run: _Run) -> Sequence[Figure]:
 
 async def _measure_suspensions(run: _Run) -> Sequence[Figure]:
     suspended, resumed = [], []
-    async with _open_echo(run.core) as (session, endpoint):
+    async with open_echo(run.core) as (session, endpoint):
         assert session.processor is not None, "it was booted here"
         for _ in range(run.repeat + 1):
             begin = time.perf_counter()
@@ -305,7 +312,7 @@ async def _measure_suspensions(run: _Run) -> Sequence[Figure]:
             await endpoint.send(_PING)
             begin = time.perf_counter()
             await session.processor.resume()
-            _check_echo((await endpoint.receive()).payload)
+            _check_echo((await endpoint.receive()).payload, _PING)
             resumed.append(time.perf_counter() - begin)
     return [run.times("suspend", suspended[1:]), run.times("resume", resumed[1:])]
 
@@ -313,11 +320,11 @@ async def _measure_suspensions(run: _Run) -> Sequence[Figure]:
 async def _measure_handovers(run: _Run) -> Sequence[Figure]:
     path = run.directory / "rendezvous"
     detached, attached = [], []
-    async with _open_echo(NativePlatform(rendezvous=path)) as (session, _):
+    async with open_echo(NativePlatform(rendezvous=path)) as (session, _):
         await session.detach()
     for left in range(run.repeat, -1, -1):
         begin = time.perf_counter()
-        async with _open_echo(NativePlatform(rendezvous=path), attach=True) as (session, _):
+        async with open_echo(NativePlatform(rendezvous=path), attach=True) as (session, _):
             attached.append(time.perf_counter() - begin)
             if left:  # the end of the last session is the core's
                 begin = time.perf_counter()
@@ -328,7 +335,7 @@ async def _measure_handovers(run: _Run) -> Sequence[Figure]:
 
 async def _cycle_boots(run: _Run) -> Sequence[Figure]:
     async def boot() -> None:
-        async with _open_echo(run.core) as (session, endpoint):
+        async with open_echo(run.core) as (session, endpoint):
             shutdown = await session.shutdown(endpoint, grace=_SLOWEST)
         if not shutdown.graceful:
             raise PeerError(f"the core did not leave when it was asked to: {shutdown.reason}")
@@ -339,7 +346,7 @@ async def _cycle_boots(run: _Run) -> Sequence[Figure]:
 async def _cycle_crashes(run: _Run) -> Sequence[Figure]:
     # The times of crashes are kept for the window.
     policy = CrashPolicy(recovery=True, limit=1 << 30, window=1.0)
-    async with _open_echo(run.core, policy=policy) as (session, endpoint):
+    async with open_echo(run.core, policy=policy) as (session, endpoint):
 
         async def crash() -> None:
             await _recover(session, endpoint)

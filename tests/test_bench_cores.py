@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from typing import Any
 
 import pytest
 import trio
 
-from openamp_py import Message, PeerError, PlatformError, bench_cores
+from openamp_py import PlatformError, bench_cores
 from openamp_py.bench_cores import (
     TOGETHER,
     cpu_seconds,
@@ -162,18 +163,35 @@ async def test_a_qemu_that_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         await bench_cores._start_qemu(find_board("mps2-an385"))
 
 
-async def test_an_echo_that_is_not_the_message() -> None:
-    class _Endpoint:
-        async def wait_bound(self) -> None:
-            await trio.lowlevel.checkpoint()
+# Closing
 
-        async def send(self, payload: bytes) -> None:
-            await trio.lowlevel.checkpoint()
+SPAWNING = """
+import contextlib, signal
+from openamp_py import bench_cores
+from openamp_py.platforms.boards import boot_options, find_board
+from openamp_py.platforms.child import create_memory
 
-        async def receive(self) -> Message:
-            await trio.lowlevel.checkpoint()
-            return Message(b"pang", 0)
+board = find_board("mps2-an385")
+firmware, _ = bench_cores.create_first_word(board)
+(segment,) = firmware.segments
+with contextlib.closing(create_memory("openamp-test", board.ram.size)) as ram:
+    ram.region("ram", 0).view[: segment.file_size] = segment.data
+    with bench_cores._spawned(board, ram, boot_options(board, firmware)) as process:
+        print(process.pid, flush=True)
+        signal.pause()
+"""
 
-    endpoint: Any = _Endpoint()
-    with pytest.raises(PeerError, match=r"b'pang' of 4 bytes came back for b'ping' of 4"):
-        await bench_cores._echo(endpoint, b"ping")
+
+@_needs("mps2-an385")
+def test_a_qemu_ends_with_a_bench_that_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SPAWNING], stdout=subprocess.PIPE, text=True
+    ) as bench:
+        assert bench.stdout is not None
+        pidfd = os.pidfd_open(int(bench.stdout.readline()))
+        bench.kill()
+        ended, _, _ = select.select([pidfd], [], [], 10)
+        if not ended:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+    assert ended

@@ -160,12 +160,12 @@ def _answering(payload: bytes) -> Any:
 
 
 async def test_an_echo_that_is_not_the_message() -> None:
-    with pytest.raises(PeerError, match=r"b'pang' of 4 bytes came back for b'ping'"):
-        await bench_lifecycle._ping(_answering(b"pang"))
+    with pytest.raises(PeerError, match=r"b'pang' of 4 bytes came back for b'ping' of 4"):
+        await bench_lifecycle.echo(_answering(b"pang"))
 
 
 async def test_a_core_that_does_not_crash() -> None:
-    async with bench_lifecycle._open_echo("native") as (session, _):
+    async with bench_lifecycle.open_echo("native") as (session, _):
         with pytest.raises(PeerError, match="answered the order to crash with 4 bytes"):
             await bench_lifecycle._crash(session, _answering(b"what"))
 
@@ -173,7 +173,7 @@ async def test_a_core_that_does_not_crash() -> None:
 @pytest.mark.parametrize("core", LIFECYCLE_CORES)
 async def test_a_core_that_is_not_recovered(core: str) -> None:
     with pytest.raises(CoreCrashedError):
-        async with bench_lifecycle._open_echo(core) as (session, endpoint):
+        async with bench_lifecycle.open_echo(core) as (session, endpoint):
             await bench_lifecycle._recover(session, endpoint)
 
 
