@@ -27,9 +27,10 @@ from openamp_py.background import plain_errors
 from openamp_py.bench import CASES, PythonContender, patience
 from openamp_py.bench_lifecycle import Figure, echo, open_echo
 from openamp_py.choosing import CORES, QEMU, check_name
+from openamp_py.constants import EM_ARM, EM_RISCV
 from openamp_py.errors import PlatformError
 from openamp_py.memory import SharedMemory
-from openamp_py.platforms.boards import ARM, BOARDS, RISCV, Board, boot_options, find_board
+from openamp_py.platforms.boards import BOARDS, Board, boot_options, find_board
 from openamp_py.platforms.child import create_memory, spawn
 from openamp_py.platforms.machine import find_program
 from openamp_py.platforms.qemu import QemuPlatform
@@ -321,8 +322,8 @@ _RISCV = struct.pack("<3I", 0x00000297, 0x0052A823, 0x0000006F)  # auipc t0, 0; 
 def create_first_word(board: Board) -> tuple[Firmware, int]:
     """A program for a board that writes a word and no more, and where it writes it."""
     da = board.window.da
-    code = _RISCV if board.elf_machine == RISCV else _AARCH64
-    if board.elf_machine == ARM:
+    code = _RISCV if board.elf_machine == EM_RISCV else _AARCH64
+    if board.elf_machine == EM_ARM:
         code = _THUMB if board.vectors else _ARM_A
     entry = da + _CODE if board.vectors else da
     table = struct.pack("<2I", da + 0x1000, entry | 1).ljust(_CODE, b"\0") if board.vectors else b""

@@ -37,5 +37,11 @@ NAME_SIZE: Final = 32
 SHUTDOWN_MSG: Final = 0xEF56_A55A
 """First u32 of the message by which the echo test asks the remote to leave."""
 
+EM_X86_64: Final = 62
+EM_ARM: Final = 40
+EM_AARCH64: Final = 183
+EM_RISCV: Final = 243
+"""Machine numbers of ELF files (elf.h)."""
+
 ECHO_CHANNEL: Final = "rpmsg-openamp-demo-channel"
 """Channel of OpenAMP's echo and matrix demos, and of the shipped firmware."""

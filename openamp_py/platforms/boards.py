@@ -12,16 +12,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from openamp_py.constants import EM_AARCH64, EM_ARM, EM_RISCV
 from openamp_py.errors import ImageError
 from openamp_py.remoteproc.elf import Firmware, Segment, machine_name
 from openamp_py.vring import VringLayout
 
 _logger = logging.getLogger(__name__)
-
-ARM: Final = 40
-AARCH64: Final = 183
-RISCV: Final = 243
-"""ELF machine numbers of the boards."""
 
 _MiB: Final = 1 << 20
 _THUMB: Final = 1  # in an address to jump to: 16-bit instructions, all that a Cortex-M has
@@ -127,7 +123,7 @@ def _cortex_m(
         machine=machine,
         program="qemu-system-arm",
         package="qemu-system-arm",
-        elf_machine=ARM,
+        elf_machine=EM_ARM,
         elf_class=32,
         ram=ram,
         window=window,
@@ -264,19 +260,19 @@ _TABLE: Final = (
         *(_secure_vtor(_SSE300_INITSVTOR0), _SSE_NVIC),
     ),
     _virt(
-        *("virt-rv32", "RV32", "qemu-system-riscv32", "qemu-system-misc", RISCV, 32),
+        *("virt-rv32", "RV32", "qemu-system-riscv32", "qemu-system-misc", EM_RISCV, 32),
         *(_RISCV_RAM, _RISCV_WINDOW, ("-bios", "none"), _PLIC),
     ),
     _virt(
-        *("virt-rv64", "RV64", "qemu-system-riscv64", "qemu-system-misc", RISCV, 64),
+        *("virt-rv64", "RV64", "qemu-system-riscv64", "qemu-system-misc", EM_RISCV, 64),
         *(_RISCV_RAM, _RISCV_WINDOW, ("-bios", "none"), _PLIC),
     ),
     _virt(
-        *("virt-arm", "Cortex-A15", "qemu-system-arm", "qemu-system-arm", ARM, 32),
+        *("virt-arm", "Cortex-A15", "qemu-system-arm", "qemu-system-arm", EM_ARM, 32),
         *(_ARM_RAM, _ARM_WINDOW, ("-cpu", "cortex-a15"), _GIC, _A),
     ),
     _virt(
-        *("virt-aarch64", "Cortex-A53", "qemu-system-aarch64", "qemu-system-arm", AARCH64, 64),
+        *("virt-aarch64", "Cortex-A53", "qemu-system-aarch64", "qemu-system-arm", EM_AARCH64, 64),
         *(_ARM_RAM, _ARM_WINDOW, ("-cpu", "cortex-a53"), _GIC),
     ),
 )
@@ -325,7 +321,9 @@ def choose_board(firmware: Firmware) -> Board:
     boards = [board for board in BOARDS.values() if _core_problem(board, firmware) is None]
     if not firmware.machine or not boards:
         there_are = ", ".join(f"{board.name} ({board.cpu})" for board in BOARDS.values())
-        raise ImageError(f"no board is for {_target(firmware)}, as the image is: {there_are}")
+        raise ImageError(
+            f"no board runs the image, which is for {_target(firmware)}; there are {there_are}"
+        )
     for board in boards:
         if _find_problem(board, firmware) is None:
             return board
@@ -362,7 +360,7 @@ def boot_options(board: Board, firmware: Firmware) -> tuple[str, ...]:
     if not board.vectors:
         # A RISC-V board's ROM jumps there by itself, and has the hart's number and the device
         # tree's address in registers then.
-        starts_there = board.elf_machine == RISCV and entry == board.ram.da
+        starts_there = board.elf_machine == EM_RISCV and entry == board.ram.da
         return () if starts_there else _loader(f"addr={entry:#x}")
     vectors = find_vectors(board, firmware)
     if vectors is None:

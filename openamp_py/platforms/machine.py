@@ -12,6 +12,7 @@ from typing import Final
 import trio
 
 from openamp_py import firmware as shipped
+from openamp_py.constants import EM_RISCV
 from openamp_py.errors import PlatformError
 from openamp_py.memory import SharedMemory
 from openamp_py.platforms.boards import Board
@@ -21,8 +22,6 @@ from openamp_py.platforms.qmp import Qmp
 
 MIN_VERSION: Final = (7, 0)
 """The oldest QEMU that is used; older ones were not tried."""
-
-_RISCV: Final = 243  # e_machine
 
 _PIECE: Final = 4096
 
@@ -191,7 +190,7 @@ class Machine:
         """Pulses an input of the board's interrupt controller. Never blocks."""
         assert self._qtest is not None, "made with it"
         # A PLIC takes a fallen line back; a NVIC pends again for one that stays raised.
-        levels = (0, 1) if self.board.elf_machine == _RISCV else (1, 0)
+        levels = (0, 1) if self.board.elf_machine == EM_RISCV else (1, 0)
         path = self.board.interrupts
         lines = (f"set_irq_in {path} unnamed-gpio-in {line} {level}\n" for level in levels)
         with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):

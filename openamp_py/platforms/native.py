@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 
 from openamp_py import firmware as shipped
+from openamp_py.constants import EM_AARCH64, EM_X86_64
 from openamp_py.errors import ImageError, PlatformError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms.child import SignalledCore, create_memory, run_child, spawn
@@ -26,7 +27,7 @@ RAM_DA = 0x2000_0000
 RAM_SIZE = 16 << 20
 """Bytes of RAM; only what is touched costs memory."""
 
-_MACHINES = {"x86_64": 62, "aarch64": 183}
+_MACHINES = {"x86_64": EM_X86_64, "aarch64": EM_AARCH64}
 """ELF machine numbers by the name of the machine."""
 
 _CLASS = 64

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import trio
 
-from openamp_py.constants import NOTIFY_ID_ANY
+from openamp_py.constants import EM_ARM, NOTIFY_ID_ANY
 from openamp_py.errors import (
     CoreCrashedError,
     CoreDiedError,
@@ -61,7 +61,6 @@ _HONEST_FENCES: Final = (8, 1)
 
 _UNREAD: Final = b"\xff"  # what is shown of memory that nobody could read
 
-_ARM: Final = 40  # e_machine
 _FAULT_STATUS: Final = 0xE000_ED28  # Cortex-M: CFSR, HFSR, DFSR, MMFAR, BFAR
 _FAULT_WORDS: Final = 5
 
@@ -480,7 +479,7 @@ class QemuCore(Core):
 
     async def _read_fault_status(self, machine: Machine) -> dict[int, bytes]:
         """Words at device addresses that say what a Cortex-M's fault was."""
-        if self.machine != _ARM:
+        if self.machine != EM_ARM:
             return {}
         text = await machine.qmp.ask_monitor(f"x /{_FAULT_WORDS}wx {_FAULT_STATUS:#x}")
         words: dict[int, bytes] = {}
@@ -501,7 +500,7 @@ class QemuCore(Core):
             found = self._platform.translate(da, size)
             return None if found is None else bytes(found)
 
-        return find_fault(self.machine, self.elf_class, registers, read)
+        return find_fault(self.machine, registers, read)
 
     def _crash(
         self,

@@ -12,14 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
+from openamp_py.constants import EM_AARCH64, EM_ARM, EM_RISCV
 from openamp_py.errors import CrashKind
 
 Read: TypeAlias = Callable[[int, int], bytes | None]
 """Memory as the core sees it, by address and size; None where it cannot be read."""
-
-_ARM: Final = 40
-_AARCH64: Final = 183
-_RISCV: Final = 243
 
 # "R00=2100ffd0 R01=...", "XPSR=41000003 -Z-- T handler"; "PC=... X00=...", "PSTATE=600003c5"
 _ARM_REGISTER: Final = re.compile(r"\b(R\d\d|X?PSR|X\d\d|PC|SP|PSTATE)=([0-9a-fA-F]{8,16})\b")
@@ -68,12 +65,12 @@ def parse_registers(elf_machine: int, text: str) -> dict[str, int]:
         register that is printed twice the first counts.
     """
     found: dict[str, int] = {}
-    if elf_machine in (_ARM, _AARCH64):
+    if elf_machine in (EM_ARM, EM_AARCH64):
         for match in _ARM_REGISTER.finditer(text):
             name = _ARM_NAMES.get(match[1])
             if name is not None:
                 found.setdefault(name, int(match[2], 16))
-    elif elf_machine == _RISCV:
+    elif elf_machine == EM_RISCV:
         for match in _RISCV_REGISTER.finditer(text):
             name = match[2] or match[1]
             name = "fp" if name == "s0" else name
@@ -82,9 +79,7 @@ def parse_registers(elf_machine: int, text: str) -> dict[str, int]:
     return found
 
 
-def find_fault(
-    elf_machine: int, elf_class: int, registers: Mapping[str, int], read: Read
-) -> Fault | None:
+def find_fault(elf_machine: int, registers: Mapping[str, int], read: Read) -> Fault | None:
     """Tell whether a core is in the handler of a fault, and of which.
 
     A Cortex-M pushes its registers when it takes an exception: those are found through the link
@@ -99,9 +94,9 @@ def find_fault(
     Returns:
         None where it is in none.
     """
-    if elf_machine == _RISCV:
-        return _riscv_fault(elf_class, registers)
-    if elf_machine == _ARM:
+    if elf_machine == EM_RISCV:
+        return _riscv_fault(registers)
+    if elf_machine == EM_ARM:
         return _cortex_m_fault(registers, read) if "xpsr" in registers else _arm_fault(registers)
     return None
 
@@ -276,7 +271,7 @@ _TRAPS: Final = {
 _NO_ADDRESS: Final = (_ILLEGAL_INSTRUCTION, 3)
 
 
-def _riscv_fault(elf_class: int, registers: Mapping[str, int]) -> Fault | None:
+def _riscv_fault(registers: Mapping[str, int]) -> Fault | None:
     cause = registers.get("mcause", 0)
     pc = registers.get("mepc", 0)
     # Interrupts have the highest bit set, and so are in no table. All zero: it never trapped.

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
+from openamp_py.constants import EM_AARCH64, EM_ARM, EM_RISCV, EM_X86_64
 from openamp_py.errors import CrashKind
 from openamp_py.remoteproc.elf import Segment
 
@@ -114,11 +115,11 @@ _RISCV: Final = (
 )
 
 REGISTER_SETS: Final[Mapping[tuple[int, int], RegisterSet]] = {
-    (62, 64): RegisterSet(_X86_64, 8, 112, 336),
-    (183, 64): RegisterSet(_AARCH64, 8, 112, 392),
-    (40, 32): RegisterSet(_ARM, 4, 72, 148, {"xpsr": "cpsr"}),  # gdb's word on a Cortex-M
-    (243, 32): RegisterSet(_RISCV, 4, 72, 204, {"s0": "fp"}),
-    (243, 64): RegisterSet(_RISCV, 8, 112, 376, {"s0": "fp"}),
+    (EM_X86_64, 64): RegisterSet(_X86_64, 8, 112, 336),
+    (EM_AARCH64, 64): RegisterSet(_AARCH64, 8, 112, 392),
+    (EM_ARM, 32): RegisterSet(_ARM, 4, 72, 148, {"xpsr": "cpsr"}),  # gdb's word on a Cortex-M
+    (EM_RISCV, 32): RegisterSet(_RISCV, 4, 72, 204, {"s0": "fp"}),
+    (EM_RISCV, 64): RegisterSet(_RISCV, 8, 112, 376, {"s0": "fp"}),
 }
 """By e_machine and ELF class."""
 

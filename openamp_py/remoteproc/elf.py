@@ -19,6 +19,7 @@ from elftools.construct.lib.container import Container
 from elftools.elf.enums import ENUM_E_MACHINE
 from elftools.elf.structs import ELFStructs
 
+from openamp_py.constants import EM_AARCH64, EM_ARM, EM_RISCV, EM_X86_64
 from openamp_py.errors import ImageError, ResourceTableError
 from openamp_py.remoteproc.attributes import ARM_ATTRIBUTES, decode_architecture_untrusted
 from openamp_py.remoteproc.resource_table import ResourceTable, decode_table_untrusted
@@ -42,8 +43,12 @@ _EI_DATA: Final = 5
 _LITTLE_ENDIAN: Final = 1  # ELFDATA2LSB
 _CLASSES: Final = {1: 32, 2: 64}  # ELFCLASS32, ELFCLASS64
 
-_ARM: Final = 40
-_MACHINE_NAMES: Final = {_ARM: "ARM", 62: "x86-64", 183: "AArch64", 243: "RISC-V"}
+_MACHINE_NAMES: Final = {
+    EM_ARM: "ARM",
+    EM_X86_64: "x86-64",
+    EM_AARCH64: "AArch64",
+    EM_RISCV: "RISC-V",
+}
 
 # A position-independent image is taken as it is, at the addresses it was linked for: Linux
 # loads both alike, and some linkers call every firmware "dynamic".
@@ -211,7 +216,7 @@ def decode_elf_untrusted(image: bytes | memoryview) -> Firmware:
         ),
         table=table,
         table_da=table_da,
-        arm_architecture=_find_architecture(image, structs, header) if machine == _ARM else None,
+        arm_architecture=_find_architecture(image, structs, header) if machine == EM_ARM else None,
     )
 
 

@@ -22,13 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openamp_py import firmware as shipped
-from openamp_py.constants import DA_ANY
+from openamp_py.constants import DA_ANY, EM_AARCH64, EM_ARM, EM_RISCV
 from openamp_py.errors import ImageError
 from openamp_py.platforms.boards import (
-    AARCH64,
-    ARM,
     BOARDS,
-    RISCV,
     Board,
     boot_options,
     check_image,
@@ -60,14 +57,14 @@ def cortex_m(da: int, *, stack: int = 0, architecture: str | None = "v7-M") -> F
 
 
 def image(
-    segment: Segment, entry: int, architecture: str | None = None, machine: int = ARM
+    segment: Segment, entry: int, architecture: str | None = None, machine: int = EM_ARM
 ) -> Firmware:
-    bits = 64 if machine == AARCH64 else 32
+    bits = 64 if machine == EM_AARCH64 else 32
     return Firmware(bits, machine, "its name", entry, (segment,), arm_architecture=architecture)
 
 
 def code(da: int, machine: int, bits: int = 32) -> Firmware:
-    loop = {RISCV: 0x0000_006F, ARM: 0xEAFF_FFFE, AARCH64: 0x1400_0000}[machine]
+    loop = {EM_RISCV: 0x0000_006F, EM_ARM: 0xEAFF_FFFE, EM_AARCH64: 0x1400_0000}[machine]
     whole = image(Segment(da, struct.pack("<I", loop), 4, 5), da, None, machine)
     return dataclasses.replace(whole, elf_class=bits)
 
@@ -146,10 +143,10 @@ def test_a_board_that_cannot_be_had_is_refused_with_the_reason(name: str, why: s
         (cortex_m(0x8000_0000, architecture="v8-M.base"), "mps2-an521"),
         (cortex_m(0x1000_0000, architecture="v8-M.main"), "mps2-an521"),
         (cortex_m(0x1000_0000, architecture="v8.1-M.main"), "mps3-an547"),
-        (code(0x4020_0000, ARM), "virt-arm"),
-        (code(0x4020_0000, AARCH64, 64), "virt-aarch64"),
-        (code(0x8000_0000, RISCV), "virt-rv32"),
-        (code(0x8000_0000, RISCV, 64), "virt-rv64"),
+        (code(0x4020_0000, EM_ARM), "virt-arm"),
+        (code(0x4020_0000, EM_AARCH64, 64), "virt-aarch64"),
+        (code(0x8000_0000, EM_RISCV), "virt-rv32"),
+        (code(0x8000_0000, EM_RISCV, 64), "virt-rv64"),
     ],
 )
 def test_a_board_is_chosen_by_architecture_and_addresses(firmware: Firmware, name: str) -> None:
@@ -190,11 +187,12 @@ def test_code_in_private_ram_with_what_is_shared_in_the_window_fits() -> None:
     [
         (
             Firmware(64, 62, "x86-64"),
-            "no board is for x86-64 (64 bit), as the image is: mps2-an385 (Cortex-M3), mps2-an386",
+            "no board runs the image, which is for x86-64 (64 bit); there are mps2-an385 "
+            "(Cortex-M3), mps2-an386",
         ),
-        (Firmware(), "no board is for no machine that it names"),
-        (code(0x8000_0000, AARCH64), "no board is for AArch64 (32 bit)"),
-        (cortex_m(0x2100_0000, architecture="v7-R"), "no board is for ARM (32 bit), v7-R"),
+        (Firmware(), "which is for no machine that it names; there are mps2-an385"),
+        (code(0x8000_0000, EM_AARCH64), "which is for AArch64 (32 bit); there are"),
+        (cortex_m(0x2100_0000, architecture="v7-R"), "which is for ARM (32 bit), v7-R; there are"),
         (
             cortex_m(0x5000_0000),
             "no board fits the image, for ARM (32 bit), v7-M; nearest is mps2-an385: segment 0: "
@@ -206,11 +204,11 @@ def test_code_in_private_ram_with_what_is_shared_in_the_window_fits() -> None:
             "link the image into PSRAM 0x21000000..0x22000000, SSRAM1 0x0..0x400000",
         ),
         (
-            code(0x8100_0000, RISCV),
+            code(0x8100_0000, EM_RISCV),
             "segment 0: 0x4 bytes at 0x81000000 lie in RAM that is not for firmware (QEMU writes "
             "its device tree there); link the image into RAM 0x80000000..0x81000000",
         ),
-        (code(0x4000_0000, AARCH64, 64), "lie in RAM that is not for firmware"),
+        (code(0x4000_0000, EM_AARCH64, 64), "lie in RAM that is not for firmware"),
     ],
 )
 def test_an_image_that_fits_no_board_is_refused_with_the_nearest(
@@ -230,14 +228,14 @@ RINGS = (Vring(0x2000_0000, 4096, 16, 0), ANY)
     ("firmware", "message"),
     [
         (
-            code(0x8000_0000, RISCV),
+            code(0x8000_0000, EM_RISCV),
             "the image is for RISC-V (32 bit); mps2-an385 (Cortex-M3) runs ARM (32 bit)",
         ),
         (
             cortex_m(0x2100_0000, architecture="v8-M.main"),
             "the image is built for v8-M.main; mps2-an385 (Cortex-M3) runs v6-M, v6S-M, v7-M",
         ),
-        (Firmware(32, ARM), "the entry point 0x0 lies in none of the image's segments"),
+        (Firmware(32, EM_ARM), "the entry point 0x0 lies in none of the image's segments"),
         (
             dataclasses.replace(cortex_m(0x2100_0000), entry=0x2100_0201),
             "the entry point 0x21000201 lies in none of the image's segments",
@@ -331,10 +329,10 @@ def test_options_by_which_cores_begin() -> None:
         *("-device", "loader,addr=0x80000041,cpu-num=0"),
     )
     virt = find_board("virt-rv32")
-    assert boot_options(virt, code(0x8000_0000, RISCV)) == ()
+    assert boot_options(virt, code(0x8000_0000, EM_RISCV)) == ()
     elsewhere = ("-device", "loader,addr=0x80000100,cpu-num=0")
-    assert boot_options(virt, code(0x8000_0100, RISCV)) == elsewhere
-    assert boot_options(find_board("virt-arm"), code(0x4020_0000, ARM)) == (
+    assert boot_options(virt, code(0x8000_0100, EM_RISCV)) == elsewhere
+    assert boot_options(find_board("virt-arm"), code(0x4020_0000, EM_ARM)) == (
         *("-device", "loader,addr=0x40200000,cpu-num=0"),
     )
 
@@ -346,7 +344,7 @@ addresses = st.sampled_from([0, 0x2000_0000, 0x2100_0000, 0x8000_0000, 0xFFFF_FF
 
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(
-    st.sampled_from([(ARM, 32), (RISCV, 32), (RISCV, 64), (0, 0), (62, 64)]),
+    st.sampled_from([(EM_ARM, 32), (EM_RISCV, 32), (EM_RISCV, 64), (0, 0), (62, 64)]),
     st.lists(st.tuples(addresses, st.binary(max_size=300), st.integers(0, 1 << 32)), max_size=3),
     addresses,
     st.sampled_from([None, "v7-M", "v8-M.main", "", "\ud800"]),

@@ -49,7 +49,7 @@ def cortex_m(
     """A fault with a frame on the main stack."""
     registers = {"xpsr": 0x100_0000 | exception, "lr": 0xFFFF_FFF9, "sp": 0x2000, "r4": 4, "r0": 9}
     parts = {0x2000: frame(*LOAD), FAULT_STATUS: status(cfsr, hfsr, mmfar, bfar)}
-    return find_fault(ARM, 32, registers, memory(parts))
+    return find_fault(ARM, registers, memory(parts))
 
 
 # What QEMU printed
@@ -97,7 +97,7 @@ def test_all_that_a_core_file_has_a_place_for_is_found(
 def test_a_fault_of_a_cortex_m_is_told_with_the_registers_it_pushed() -> None:
     registers = parse_registers(ARM, register_dumps.CORTEX_M3)
     parts = {registers["sp"]: frame(*LOAD), FAULT_STATUS: status(0x8200, bfar=0xDEAD_0000)}
-    fault = find_fault(ARM, 32, registers, memory(parts))
+    fault = find_fault(ARM, registers, memory(parts))
     assert fault is not None
     assert fault.what == "bus fault, precise, at address 0xdead0000"
     assert (fault.kind, fault.address, fault.pc) == (CrashKind.MMU_FAULT, 0xDEAD_0000, 0x2100_00CC)
@@ -111,7 +111,7 @@ def test_a_frame_with_floating_point_is_larger() -> None:
     registers = parse_registers(ARM, register_dumps.CORTEX_M4)
     words = (0, 0x11, 0x22, 0x33, 0xCC, 0x2100_00FB, 0x2100_00CA, 0x4100_0000)
     parts = {registers["sp"]: frame(*words), FAULT_STATUS: status(1 << 16, 1 << 30)}
-    fault = find_fault(ARM, 32, registers, memory(parts))
+    fault = find_fault(ARM, registers, memory(parts))
     assert fault is not None
     assert fault.what == "usage fault, undefined instruction"
     assert fault.kind is CrashKind.FATAL_ERROR
@@ -122,19 +122,19 @@ def test_a_fault_on_the_process_stack_is_found_by_r0_and_was_aligned() -> None:
     registers = parse_registers(ARM, register_dumps.CORTEX_M33)
     words = (0xDEAD_0000, 0x11, 0x22, 0x33, 0xCC, 0x8000_0105, 0x8000_00CC, 0x4100_0200)
     parts = {0x8000_EFD0: frame(*words), registers["sp"]: frame(*LOAD)}
-    fault = find_fault(ARM, 32, registers, memory(parts))
+    fault = find_fault(ARM, registers, memory(parts))
     assert fault is not None
     assert fault.pc == 0x8000_00CC
     assert fault.registers["sp"] == 0x8000_EFD0 + 32 + 4
     newer = {**registers, "psp": 0x8000_EFD0, "r0": 1}
-    assert find_fault(ARM, 32, newer, memory(parts)) == Fault(
+    assert find_fault(ARM, newer, memory(parts)) == Fault(
         fault.what, fault.kind, fault.address, fault.pc, {**fault.registers, "psp": 0x8000_EFD0}
     )
 
 
 def test_of_a_locked_up_core_the_first_fault_is_told() -> None:
     registers = parse_registers(ARM, register_dumps.CORTEX_M3_LOCK_UP)
-    fault = find_fault(ARM, 32, registers, memory({registers["sp"]: frame(*LOAD)}))
+    fault = find_fault(ARM, registers, memory({registers["sp"]: frame(*LOAD)}))
     assert fault is not None, "its process has ended: no word of system registers"
     assert (fault.what, fault.pc) == ("hard fault", 0x2100_00CC)
 
@@ -143,7 +143,7 @@ def test_a_handler_that_has_called_another_function_is_seen_through() -> None:
     """As in push {r4, lr}; bl ..."""
     saved = struct.pack("<II", 0x44, 0xFFFF_FFF9)
     registers = {"xpsr": 0x100_0003, "lr": 0x2100_0089, "sp": 0x2000, "r4": 0x77}
-    fault = find_fault(ARM, 32, registers, memory({0x2000: saved + frame(*LOAD)}))
+    fault = find_fault(ARM, registers, memory({0x2000: saved + frame(*LOAD)}))
     assert fault is not None
     assert (fault.pc, fault.registers["sp"]) == (0x2100_00CC, 0x2008 + 32)
 
@@ -162,23 +162,20 @@ def test_a_handler_that_has_called_another_function_is_seen_through() -> None:
         (15, 8, "store page fault, at address 0x8", 8),
     ],
 )
-@pytest.mark.parametrize("bits", [32, 64])
-def test_faults_of_risc_v(
-    bits: int, cause: int, value: int, what: str, address: int | None
-) -> None:
+def test_faults_of_risc_v(cause: int, value: int, what: str, address: int | None) -> None:
     registers = {"mcause": cause, "mtval": value, "mepc": 0x8000_0034, "pc": 1, "a0": 2}
-    fault = find_fault(RISCV, bits, registers, memory({}))
+    fault = find_fault(RISCV, registers, memory({}))
     kind = CrashKind.FATAL_ERROR if address is None else CrashKind.MMU_FAULT
     expected = {**registers, "pc": 0x8000_0034}
     assert fault == Fault(what, kind, address, 0x8000_0034, expected)
 
 
 def test_the_faults_that_qemu_printed_of_risc_v() -> None:
-    for bits, text, what in (
-        (32, register_dumps.RV32, "load access fault, at address 0xdead0000"),
-        (64, register_dumps.RV64, "illegal instruction 0xffffffff"),
+    for text, what in (
+        (register_dumps.RV32, "load access fault, at address 0xdead0000"),
+        (register_dumps.RV64, "illegal instruction 0xffffffff"),
     ):
-        fault = find_fault(RISCV, bits, parse_registers(RISCV, text), memory({}))
+        fault = find_fault(RISCV, parse_registers(RISCV, text), memory({}))
         assert fault is not None
         assert fault.what == what
 
@@ -187,7 +184,7 @@ def test_the_faults_that_qemu_printed_of_risc_v() -> None:
     ("mode", "what"), [(0x17, "data or prefetch abort"), (0x1B, "undefined instruction")]
 )
 def test_faults_of_a_cortex_a_are_told_by_its_mode(mode: int, what: str) -> None:
-    fault = find_fault(ARM, 32, {"cpsr": 0x6000_01C0 | mode, "pc": 4}, memory({}))
+    fault = find_fault(ARM, {"cpsr": 0x6000_01C0 | mode, "pc": 4}, memory({}))
     assert fault is not None
     assert (fault.what, fault.pc, fault.registers["pc"]) == (what, None, 4)
 
@@ -275,15 +272,14 @@ def test_a_cortex_m_elsewhere_has_no_fault(number: int) -> None:
     ],
 )
 def test_a_risc_v_elsewhere_has_no_fault(registers: dict[str, int]) -> None:
-    assert find_fault(RISCV, 32, registers, memory({})) is None
-    assert find_fault(RISCV, 64, registers, memory({})) is None
+    assert find_fault(RISCV, registers, memory({})) is None
 
 
 def test_other_machines_and_modes_have_no_fault() -> None:
-    assert find_fault(ARM, 32, {"cpsr": 0x1D3}, memory({})) is None
-    assert find_fault(ARM, 32, {}, memory({})) is None
-    assert find_fault(AARCH64, 64, {"pc": 1, "cpsr": 0x17}, memory({})) is None
-    assert find_fault(X86_64, 64, {"xpsr": 3}, memory({})) is None
+    assert find_fault(ARM, {"cpsr": 0x1D3}, memory({})) is None
+    assert find_fault(ARM, {}, memory({})) is None
+    assert find_fault(AARCH64, {"pc": 1, "cpsr": 0x17}, memory({})) is None
+    assert find_fault(X86_64, {"xpsr": 3}, memory({})) is None
     assert parse_registers(X86_64, register_dumps.CORTEX_M3) == {}
 
 
@@ -299,7 +295,7 @@ def test_other_machines_and_modes_have_no_fault() -> None:
 )
 def test_a_frame_that_cannot_be_one_is_not_used(parts: dict[int, bytes]) -> None:
     registers = {"xpsr": 3, "lr": 0xFFFF_FFF9, "sp": 0x2000, "pc": 0x2100_0000}
-    fault = find_fault(ARM, 32, registers, memory(parts))
+    fault = find_fault(ARM, registers, memory(parts))
     assert fault == Fault("hard fault", CrashKind.FATAL_ERROR, None, None, registers)
 
 
@@ -307,7 +303,7 @@ def test_a_stack_is_searched_so_far_and_no_further() -> None:
     registers = {"xpsr": 3, "lr": 0, "sp": 0x2000}
     back = struct.pack("<I", 0xFFFF_FFF9) + frame(*LOAD)
     for words, pc in ((63, 0x2100_00CC), (64, None)):
-        fault = find_fault(ARM, 32, registers, memory({0x2000: bytes(4 * words) + back}))
+        fault = find_fault(ARM, registers, memory({0x2000: bytes(4 * words) + back}))
         assert fault is not None
         assert fault.pc == pc
 
@@ -335,7 +331,6 @@ def test_any_text_gives_registers(machine: int, text: str) -> None:
 @deterministic
 @given(
     st.sampled_from([ARM, AARCH64, RISCV]),
-    st.sampled_from([32, 64]),
     st.dictionaries(
         st.sampled_from(
             ["xpsr", "cpsr", "lr", "sp", "r0", "psp", "mcause", "mepc", "mtval", "mstatus"]
@@ -346,11 +341,10 @@ def test_any_text_gives_registers(machine: int, text: str) -> None:
     st.booleans(),
 )
 def test_any_registers_and_memory_give_a_fault_or_none(
-    machine: int, elf_class: int, registers: dict[str, int], data: bytes, long: bool
+    machine: int, registers: dict[str, int], data: bytes, long: bool
 ) -> None:
     fault = find_fault(
         machine,
-        elf_class,
         registers,
         lambda _, size: (data * size)[: size + long] if data else None,
     )
