@@ -226,6 +226,11 @@ enum rpmsg_link rpmsg_open(struct rpmsg_device *device, const struct table_carve
     receiving.size = RPMSG_FROM_HOST_SIZE;
     sending.buffers = device->pool_da + receiving.vring.num * receiving.size;
     sending.size = RPMSG_TO_HOST_SIZE;
+    if (receiving.vring.num * receiving.size + sending.vring.num * sending.size >
+        device->pool_size) {
+        bad_table("size of the buffer pool", device->pool_size);
+        return RPMSG_BAD_TABLE;
+    }
     for (uint16_t head = 0; head < receiving.vring.num; head++) {
         write_descriptor(&receiving, head, receiving.size, DESCRIPTOR_WRITE);
         put_available(&receiving, head);

@@ -6,6 +6,7 @@ Reference: QEMU, ``hw/arm/mps2.c``, ``hw/arm/mps2-tz.c``, ``hw/arm/virt.c``, ``h
 from __future__ import annotations
 
 import logging
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ _MiB: Final = 1 << 20
 _THUMB: Final = 1  # in an address to jump to: 16-bit instructions, all that a Cortex-M has
 
 # The beginning of a vector table: stack pointer, entry.
+_WORD: Final = struct.Struct("<I")
+_MAX_WORD: Final = 0xFFFF_FFFF
 _VECTORS: Final = struct.Struct("<II")
 _TABLE_ALIGN: Final = 128  # VTOR's
 
@@ -382,12 +385,14 @@ def find_vectors(board: Board, firmware: Firmware) -> tuple[int, int] | None:
     Returns:
         None where there is none.
     """
+    second = re.compile(re.escape(_WORD.pack((firmware.entry | _THUMB) & _MAX_WORD)))
     for segment in firmware.segments:
-        data = memoryview(segment.data)
-        for at in range(-segment.da % _TABLE_ALIGN, len(data) - _VECTORS.size + 1, _TABLE_ALIGN):
-            stack, entry = _VECTORS.unpack_from(data, at)
-            if entry == firmware.entry | _THUMB and _is_stack(board, stack):
-                return segment.da + at, entry
+        for found in second.finditer(segment.data):
+            at = found.start() - _WORD.size
+            if at >= 0 and (segment.da + at) % _TABLE_ALIGN == 0:
+                stack, entry = _VECTORS.unpack_from(segment.data, at)
+                if _is_stack(board, stack):
+                    return segment.da + at, entry
     for lowest in firmware.segments[:1]:
         if lowest.da % _TABLE_ALIGN == 0 and lowest.file_size >= _VECTORS.size:
             stack, entry = _VECTORS.unpack_from(lowest.data)

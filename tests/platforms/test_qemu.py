@@ -395,12 +395,14 @@ def test_no_qemu_outlives_a_host_that_is_killed() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOST, str(ECHO_M3)], stdout=subprocess.PIPE, text=True
     ) as host:
-        assert host.stdout is not None
-        pid = int(host.stdout.readline())
-        while len(children := set(_children_of(host.pid))) < 2:  # the spare, too
-            time.sleep(0.001)
-        assert pid in children and len(children) == 2
-        host.kill()
+        try:
+            assert host.stdout is not None
+            pid = int(host.stdout.readline())
+            while len(children := set(_children_of(host.pid))) < 2:  # the spare, too
+                time.sleep(0.001)
+            assert pid in children and len(children) == 2
+        finally:
+            host.kill()
     while any(_is_running(child) for child in children):
         time.sleep(0.001)
 
