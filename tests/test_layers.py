@@ -41,6 +41,7 @@ FLOORS = {
     "background": 4,
     "feed": 4,
     "host": 4,
+    "linux": 4,
     "rpmsg": 4,
     "remoteproc": 4,
     "platforms": 4,

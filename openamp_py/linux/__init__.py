@@ -1,0 +1,1 @@
+"""Linux's own remoteproc and rpmsg, through sysfs and device nodes."""
