@@ -41,7 +41,10 @@ class Node(Protocol):
         ...
 
     def read(self, size: int) -> bytes:
-        """One message, cut to `size`; b"" is an empty message, not an end."""
+        """One message, cut to `size`; b"" is an empty message, not an end.
+
+        On a tty: what is there; b"" is the end of it.
+        """
         ...
 
     def write(self, data: bytes) -> int:

@@ -130,7 +130,8 @@ class EndpointNode:
     Attributes:
         node: ``/dev/rpmsg0``.
         control: kernel name of the control node that made it; None: it is a channel's own.
-        source: local address; ADDRESS_ANY until the node is opened, where it was left open.
+        source: local address; ADDRESS_ANY: the kernel chose one when the node was opened, and
+            does not tell.
     """
 
     kernel_name: str
