@@ -130,6 +130,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """As printable, of what must not look like more than a line."""
+    return printable(text).replace("\n", "\\x0a")
+
+
 def read_firmware(path: Path) -> bytes:
     """The bytes of a firmware image: a file, or the name of one in the search path.
 

@@ -9,11 +9,23 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from openamp_py.cli import bench, cores, explain, inspect, lint, ping, serve, trace
+from openamp_py.cli import bench, cores, doctor, explain, inspect, lint, ping, serve, trace
+from openamp_py.cli import list as list_
 from openamp_py.cli.common import FAILED, USAGE, Command, UsageError
 from openamp_py.errors import OpenAMPError
 
-_COMMANDS: tuple[Command, ...] = (ping, serve, trace, cores, inspect, lint, explain, bench)
+_COMMANDS: tuple[Command, ...] = (
+    ping,
+    serve,
+    trace,
+    cores,
+    list_,
+    doctor,
+    inspect,
+    lint,
+    explain,
+    bench,
+)
 
 _INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 

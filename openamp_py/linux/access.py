@@ -6,6 +6,7 @@ method raises ``OSError`` with the kernel's errno, and nothing else.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from functools import partial
@@ -131,6 +132,8 @@ class MachineAccess:
         self._root = os.path.realpath(root)
 
     def _host(self, path: str) -> str:
+        if "\0" in path:  # some are made of names that a firmware chose
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
         return os.path.join(self._root, path.lstrip("/"))
 
     def names(self, directory: str) -> list[str]:
@@ -157,7 +160,7 @@ class MachineAccess:
         return str(PurePosixPath("/") / real.relative_to(self._root))
 
     def allowed(self, path: str, mode: int) -> bool:
-        return os.access(self._host(path), mode)
+        return "\0" not in path and os.access(self._host(path), mode)
 
     def stat(self, path: str) -> os.stat_result:
         return os.stat(self._host(path))

@@ -13,6 +13,7 @@ errno they refuse, is what Linux 6.1 does.
 from __future__ import annotations
 
 import errno
+import os
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
@@ -34,6 +35,7 @@ MODULES: Final = ("virtio_rpmsg_bus", "rpmsg_ctrl", "rpmsg_char", "rpmsg_tty")
 FIRMWARE: Final = "fake.elf"
 """Name of the firmware that a fake processor has from the beginning."""
 
+_MEMORY: Final = "/dev/shm"
 _EM_ARM: Final = 40
 _DUMP_KEPT: Final = 300.0
 """Seconds that an inline dump waits for its reader (devcoredump.c, DEVCD_TIMEOUT)."""
@@ -65,7 +67,9 @@ async def open_fake_tree(
         modules: those that are loaded. Without virtio_rpmsg_bus a started processor has no
             channels, without rpmsg_ctrl no control node, without rpmsg_char no endpoints.
     """
-    with tempfile.TemporaryDirectory(prefix="openamp-fake-") as root:
+    # Where files are replaced in memory: some file systems flush each to its disk.
+    place = _MEMORY if os.access(_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="openamp-fake-", dir=place) as root:
         async with open_background() as kernel:
             tree = FakeTree(Path(root), kernel)
             tree.put(RELEASE, f"{release}\n")

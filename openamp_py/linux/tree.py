@@ -244,7 +244,7 @@ class TreeReader:
 
     def channels(self) -> tuple[LinuxChannel, ...]:
         """The devices on all rpmsg buses."""
-        return self._entries(CHANNELS, r".+", self._channel)
+        return self._entries(CHANNELS, r"(?s).+", self._channel)
 
     def nodes(self) -> tuple[tuple[ControlNode, ...], tuple[EndpointNode, ...]]:
         """The control nodes and those of endpoints, by their numbers."""
@@ -272,7 +272,7 @@ class TreeReader:
             self._note(path, error)
             return None
         # Names are the firmware's choice, and can be any bytes.
-        return data.decode("utf-8", "backslashreplace").rstrip("\n")
+        return data.decode("utf-8", "backslashreplace").removesuffix("\n")
 
     def _note(self, path: str, error: OSError) -> None:
         if error.errno not in _GONE:  # what is not there is no problem here
