@@ -338,7 +338,7 @@ class FakeProcessor:
 
     async def _recover(self) -> None:
         async with self._lock:
-            if self._state != "crashed" or self._removed:
+            if self._state != "crashed":
                 return
             self._take_down()
             self._set_state("offline")

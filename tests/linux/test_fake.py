@@ -9,7 +9,7 @@ import struct
 import termios
 import tty
 from collections.abc import AsyncIterator, Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -148,18 +148,23 @@ async def test_a_cancelled_writer_waits_for_the_kernel(tree: FakeTree) -> None:
     m4 = tree.add_processor("m4")
     slow = trio.Event()
     m4.hooks["start"] = slow.wait
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(tree.write, f"{m4.path}/state", b"start")
-        await wait_all_tasks_blocked()
-        nursery.cancel_scope.cancel()
-        nursery.start_soon(_set_later, slow)
-    assert m4.state == "running"
+    seen = []
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
 
+            async def start_it() -> None:
+                try:
+                    await tree.write(f"{m4.path}/state", b"start")
+                finally:
+                    seen.append(m4.state)
 
-async def _set_later(event: trio.Event) -> None:
-    with trio.CancelScope(shield=True):
-        await wait_all_tasks_blocked()
-    event.set()
+            nursery.start_soon(start_it)
+            await wait_all_tasks_blocked()
+            scope.cancel()
+            with trio.CancelScope(shield=True):
+                await wait_all_tasks_blocked()
+            slow.set()
+    assert seen == ["running"]
 
 
 async def test_firmware_is_searched_where_the_kernel_searches(tree: FakeTree) -> None:
@@ -264,6 +269,18 @@ async def test_a_crash_without_recovery_waits_for_a_word(tree: FakeTree) -> None
         await tree.write(f"{m4.path}/state", b"stop")
         await tree.write(f"{m4.path}/state", b"stop")
     assert tree.read(f"{m4.path}/recovery") == b"enabled\n"
+
+
+async def test_what_has_crashed_does_nothing_any_more(tree: FakeTree) -> None:
+    m4 = tree.add_processor("m4")
+    await tree.write(f"{m4.path}/recovery", b"disabled")
+    await start(tree, m4)
+    node = tree.open_node("/dev/rpmsg0")
+    m4.crash()
+    node.write(b"x")
+    await wait_all_tasks_blocked()
+    assert (m4.state, events(node)) == ("crashed", 0)
+    node.close()
 
 
 async def test_a_recovery_that_fails_leaves_it_offline_and_counted(tree: FakeTree) -> None:
@@ -384,6 +401,8 @@ async def test_an_endpoint_lives_while_its_node_is_open(tree: FakeTree) -> None:
     assert remote.dropped == 2
     node = tree.open_node("/dev/rpmsg2")
     node.close()
+    create(tree, "another")
+    assert len(read_tree(tree).endpoints) == 4
 
 
 async def test_a_raw_channel_hears_before_it_is_opened(tree: FakeTree) -> None:
@@ -398,6 +417,12 @@ async def test_a_raw_channel_hears_before_it_is_opened(tree: FakeTree) -> None:
     assert events(node) == 0
     with refused(errno.EINVAL):
         node.ioctl(DESTROY_ENDPOINT)
+    remote.send(b"unread", 1024, source=1)
+    node.close()
+    node = tree.open_node("/dev/rpmsg0")
+    assert events(node) == 0
+    with refused(errno.EAGAIN):
+        node.read(512)
     node.close()
 
 
@@ -518,6 +543,9 @@ async def test_announcements_come_and_go(tree: FakeTree) -> None:
     for _ in range(2):
         remote.withdraw("a/b", 5)
     assert len(read_tree(tree).channels) == 3
+    remote.withdraw("rpmsg-raw", 1024)
+    remote.announce("rpmsg-raw", 6)
+    assert ("rpmsg-raw", 1024, 6) in addresses(read_tree(tree))
     with pytest.raises(ValueError):
         remote.announce("x" * 32, 5)
     with pytest.raises(ValueError):
@@ -525,7 +553,8 @@ async def test_announcements_come_and_go(tree: FakeTree) -> None:
     m4.remove()
     remote.announce("late", 6)
     remote.trace("late")
-    assert read_tree(tree).processors == ()
+    late = read_tree(tree)
+    assert (late.processors, late.channels, late.nodes) == ((), (), ())
     assert tree.names("/sys/kernel/debug/remoteproc") == []
 
 
@@ -656,6 +685,44 @@ async def test_a_processor_that_leaves_in_the_middle(tree: FakeTree, hook: str) 
         with refused(errno.ENODEV):
             await tree.write(state, hook.encode())
     assert read_tree(tree).processors == ()
+    assert not (tree.root / "sys/devices/platform/fake.m4/remoteproc/remoteproc0").exists()
+
+
+async def test_writers_that_wait_while_a_processor_leaves(tree: FakeTree) -> None:
+    m4 = tree.add_processor("m4")
+    slow = trio.Event()
+    m4.hooks["start"] = slow.wait
+    seen = []
+
+    async def write(name: str, text: bytes) -> None:
+        with pytest.raises(OSError) as caught:
+            await tree.write(f"{m4.path}/{name}", text)
+        seen.append(caught.value.errno)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write, "state", b"start")
+        await wait_all_tasks_blocked()
+        nursery.start_soon(write, "state", b"stop")
+        nursery.start_soon(write, "firmware", b"a.elf")
+        await wait_all_tasks_blocked()
+        m4.remove()
+        slow.set()
+    assert seen == [errno.ENODEV] * 3
+
+
+@pytest.mark.parametrize("steps", range(5))
+async def test_a_processor_leaves_at_any_step_of_a_write(tree: FakeTree, steps: int) -> None:
+    m4 = tree.add_processor("m4")
+
+    async def write() -> None:
+        with suppress(OSError):
+            await tree.write(f"{m4.path}/recovery", b"disabled")
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write)
+        for _ in range(steps):
+            await trio.lowlevel.checkpoint()
+        m4.remove()
     assert not (tree.root / "sys/devices/platform/fake.m4/remoteproc/remoteproc0").exists()
 
 

@@ -255,10 +255,23 @@ def test_a_processor_that_leaves_while_it_is_read(root: Root, name: str) -> None
         def read(self, path: str, size: int = 4096, offset: int = 0) -> bytes:
             if path.endswith(f"/remoteproc0/{name}"):
                 shutil.rmtree(root.path / RPROC)
+                raise OSError(errno.EIO, "in the middle of its removal")
             return super().read(path, size, offset)
 
     tree = read_tree(Leaving(root.path))
     assert (tree.processors, tree.channels, tree.controls, tree.problems) == ((), (), (), ())
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV, errno.ENOTDIR])
+def test_a_file_that_is_not_there_is_no_problem(root: Root, code: int) -> None:
+    class Without(MachineAccess):
+        def read(self, path: str, size: int = 4096, offset: int = 0) -> bytes:
+            if path.endswith("/coredump"):
+                raise OSError(code, "not there")
+            return super().read(path, size, offset)
+
+    tree = read_tree(Without(root.path))
+    assert (tree.processors[0].coredump, tree.problems) == (None, ())
 
 
 def test_odd_files_in_the_place_of_attributes(root: Root) -> None:
@@ -296,7 +309,13 @@ def test_channels_without_end(tmp_path: Path) -> None:
                 return [f"virtio0.x.-1.{number}" for number in range(5000)]
             return []
 
+        def resolve(self, path: str) -> str:
+            looked_at.append(path)
+            raise OSError(errno.ENOENT, "not there")
+
+    looked_at: list[str] = []
     tree = read_tree(Many(tmp_path))
+    assert len(looked_at) == 4096
     assert [each.reason for each in tree.problems] == ["5000 entries; only 4096 were read"]
 
 
