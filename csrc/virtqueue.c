@@ -56,8 +56,9 @@ void vq_start(struct vq *q)
 {
     clear_private(q);
     if (q->driver) {
-        uint8_t *end = (uint8_t *)(avail_event(q) + 1);
-        memset(q->ring, 0, (size_t)(end - q->ring));
+        memset(q->ring, 0, sizeof(struct desc) * q->num);
+        memset(q->available, 0, sizeof(uint16_t) * (3u + q->num));
+        memset(q->used, 0, sizeof(uint16_t) * 3u + sizeof(struct used_element) * q->num);
         link_free(q);
         for (uint32_t i = 0; i < q->num; i++)
             store16(&descriptors(q)[i].next, i + 1u < q->num ? (uint16_t)(i + 1u) : END_OF_LIST);

@@ -64,8 +64,8 @@ struct vq_slot { /* private, one for each descriptor */
 #define VQ_LEFT_FREE 0xFFFF
 
 struct vq {
-    uint8_t *ring;       /* shared: the descriptors, then */
-    uint16_t *available; /* flags, idx, ring[num], used_event: all u16; then */
+    uint8_t *ring;       /* shared: the descriptors; the three parts may lie anywhere */
+    uint16_t *available; /* flags, idx, ring[num], used_event: all u16 */
     uint16_t *used;      /* flags, idx: u16; elements[num] of 8 bytes; avail_event u16 */
     struct vq_slot *slots;
     const struct vq_region *regions;

@@ -15,6 +15,15 @@ _USED_ELEMENT_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True)
+class VringPlaces:
+    """Device addresses of the three parts of a vring, each of which may lie anywhere."""
+
+    descriptors: int
+    available: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True)
 class VringLayout:
     """The shape of a vring: descriptors at 0, then the available ring, then the used ring.
 
@@ -42,10 +51,24 @@ class VringLayout:
     @property
     def used_offset(self) -> int:
         """Of the used ring: flags u16, idx u16, {id u32, length u32}[num], avail_event u16."""
-        end = self.available_offset + 2 * (3 + self.num)
+        end = self.available_offset + self.available_size
         return (end + self.align - 1) // self.align * self.align
+
+    @property
+    def available_size(self) -> int:
+        """Bytes of the available ring."""
+        return 2 * (3 + self.num)
+
+    @property
+    def used_size(self) -> int:
+        """Bytes of the used ring."""
+        return 2 * 3 + _USED_ELEMENT_SIZE * self.num
 
     @property
     def size(self) -> int:
         """Bytes in all."""
-        return self.used_offset + 2 * 3 + _USED_ELEMENT_SIZE * self.num
+        return self.used_offset + self.used_size
+
+    def places(self, da: int) -> VringPlaces:
+        """Where the parts of a vring of this shape are that begins at a device address."""
+        return VringPlaces(da, da + self.available_offset, da + self.used_offset)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from openamp_py.vring import MAX_NUM, VringLayout
+from openamp_py.vring import MAX_NUM, VringLayout, VringPlaces
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,12 @@ def test_offsets(num: int, align: int, available: int, used: int, size: int) -> 
     """The first three as OpenAMP C, and QEMU, place them."""
     layout = VringLayout(num, align)
     assert (layout.available_offset, layout.used_offset, layout.size) == (available, used, size)
+
+
+def test_the_parts_of_one_at_an_address() -> None:
+    layout = VringLayout(16, 4096)
+    assert layout.places(0x8000) == VringPlaces(0x8000, 0x8100, 0x9000)
+    assert (layout.available_size, layout.used_size) == (2 * 19, 2 * 3 + 8 * 16)
 
 
 @pytest.mark.parametrize("align", [2**n for n in range(2, 17)])

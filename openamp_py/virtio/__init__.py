@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from openamp_py.virtio.device import Handshake, VirtioDevice, Vring
 from openamp_py.virtio.message_ring import Arrival, Message, MessageRing
-from openamp_py.virtio.shared import SharedU8, SharedU32
-from openamp_py.virtio.virtqueue import Chain, Role, Span, Virtqueue, VirtqueueState
+from openamp_py.virtio.shared import SharedU8, SharedU32, ToldWord
+from openamp_py.virtio.virtqueue import Chain, RingParts, Role, Span, Virtqueue, VirtqueueState
 
 __all__ = [
     "Arrival",
@@ -13,10 +13,12 @@ __all__ = [
     "Handshake",
     "Message",
     "MessageRing",
+    "RingParts",
     "Role",
     "SharedU8",
     "SharedU32",
     "Span",
+    "ToldWord",
     "VirtioDevice",
     "Virtqueue",
     "VirtqueueState",

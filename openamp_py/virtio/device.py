@@ -15,9 +15,9 @@ from openamp_py.errors import (
     StateError,
 )
 from openamp_py.memory import MemoryMap
-from openamp_py.virtio.shared import SharedU8, SharedU32
-from openamp_py.virtio.virtqueue import Role, Virtqueue
-from openamp_py.vring import VringLayout
+from openamp_py.virtio.shared import Word
+from openamp_py.virtio.virtqueue import RingParts, Role, Virtqueue
+from openamp_py.vring import VringLayout, VringPlaces
 
 ACKNOWLEDGE = 1
 DRIVER = 2
@@ -42,11 +42,19 @@ class Handshake(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Vring:
-    """One vring of a device: its device address, its shape and the id it is kicked by."""
+    """One vring of a device: its device address, its shape and the id it is kicked by.
+
+    Args:
+        da: where it begins, or where its descriptors are.
+        places: where all its parts are, where they are not at their offsets from `da`.
+        start: device: the entry of the available ring to begin at, where the transport says so.
+    """
 
     da: int
     layout: VringLayout
     notify_id: int
+    places: VringPlaces | None = None
+    start: int | None = None
 
 
 class BufferMemory(Protocol):
@@ -62,7 +70,7 @@ class BufferMemory(Protocol):
 
 
 class VirtioDevice:
-    """One side's view of a virtio device whose status and features lie in shared memory.
+    """One side's view of a virtio device whose status and features are words that both sides see.
 
     Made and closed by the remoteproc layer, one life long: a new start makes a new
     object. Whoever drives it (the RPMsg bus) sets `on_notify`, `on_failure` and `on_detach`. One
@@ -99,8 +107,8 @@ class VirtioDevice:
         device_id: int,
         index: int,
         offered: int,
-        status: SharedU8,
-        accepted: SharedU32,
+        status: Word,
+        accepted: Word,
         vrings: Sequence[Vring],
         notify_id: int,
         config: memoryview,
@@ -272,24 +280,37 @@ class VirtioDevice:
         if not 0 <= index < len(self.vrings):
             raise ValueError(f"{self.name} has {len(self.vrings)} vrings, no vring {index}")
         vring = self.vrings[index]
-        ring = self.memory.find_da(vring.da, vring.layout.size)
         name = f"{self.name} vring {index}"
-        if ring is None:
-            raise ResourceTableError(
-                f"{name}: {vring.layout.size} bytes at {vring.da:#x} are not in memory: "
-                f"{self.memory}"
-            )
         features = self.features
         return Virtqueue(
             vring.layout,
-            ring,
+            self._find_ring(name, vring),
             self.memory,
             self.role,
             event_idx=bool(features & VIRTIO_RING_F_EVENT_IDX),
             fresh=self.is_fresh,
+            start=vring.start,
             indirect=bool(features & VIRTIO_RING_F_INDIRECT_DESC),
             name=name,
         )
+
+    def _find_ring(self, name: str, vring: Vring) -> memoryview | RingParts:
+        layout, places = vring.layout, vring.places
+        if places is None:
+            return self._find(name, vring.da, layout.size)
+        return RingParts(
+            self._find(f"{name}, descriptors", places.descriptors, layout.available_offset),
+            self._find(f"{name}, available ring", places.available, layout.available_size),
+            self._find(f"{name}, used ring", places.used, layout.used_size),
+        )
+
+    def _find(self, name: str, da: int, size: int) -> memoryview:
+        view = self.memory.find_da(da, size)
+        if view is None:
+            raise ResourceTableError(
+                f"{name}: {size} bytes at {da:#x} are not in memory: {self.memory}"
+            )
+        return view
 
     def kick(self, index: int) -> None:
         """Wakes the other side for a vring."""

@@ -1,6 +1,8 @@
-"""Single words in shared memory, read with acquire and written with release."""
+"""Single words that two sides share: in memory, read with acquire and written with release."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 from openamp_py.virtio._ring import ffi, lib
 
@@ -24,6 +26,40 @@ class Pinned:
     def close(self) -> None:
         """Lets go of the memory. Idempotent."""
         ffi.release(self._owner)
+
+
+class Word(Protocol):
+    """A word of a virtio device's configuration, wherever it is."""
+
+    def load(self) -> int:
+        """The value now."""
+        ...
+
+    def store(self, value: int) -> None:
+        """Sets the value."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of the memory, if it is in any. Idempotent."""
+        ...
+
+
+class ToldWord:
+    """A word that this side has alone: the transport tells of what the other side does."""
+
+    def __init__(self, value: int = 0) -> None:
+        self._value = value
+
+    def load(self) -> int:
+        """The value now."""
+        return self._value
+
+    def store(self, value: int) -> None:
+        """Sets the value."""
+        self._value = value
+
+    def close(self) -> None:
+        """Does nothing: it is in no memory."""
 
 
 class SharedU8:

@@ -60,14 +60,16 @@ class Lent:
     """Where the buffer of each descriptor lies, from `pa` on."""
 
 
-def copy_ring(name: str, layout: VringLayout, available: int, used: int, ring: bytes) -> RingCopy:
-    """Takes the bytes of a vring apart; the indexes were loaded before."""
+def copy_ring(
+    name: str, layout: VringLayout, available: int, used: int, descriptors: bytes, ring: bytes
+) -> RingCopy:
+    """Takes the descriptors and the available ring apart; the indexes were loaded before."""
     return RingCopy(
         name,
         available,
         used,
-        struct.unpack_from(f"<{layout.num}H", ring, layout.available_offset + 4),
-        tuple(_DESCRIPTOR.iter_unpack(ring[: _DESCRIPTOR.size * layout.num])),
+        struct.unpack_from(f"<{layout.num}H", ring, 4),
+        tuple(_DESCRIPTOR.iter_unpack(descriptors)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,18 @@ class Chain:
 
     head: int
     spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RingParts:
+    """The memory of a vring whose parts do not lie one behind the other."""
+
+    descriptors: memoryview
+    """Aligned to 8: they hold u64 addresses."""
+    available: memoryview
+    """Aligned to 2."""
+    used: memoryview
+    """Aligned to 4."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +97,9 @@ _FAULTS = {
 }
 
 
+_PARTS = ("descriptors", "entries of the available ring", "entries of the used ring")
+
+
 class Virtqueue:
     """One end of a split virtqueue in shared memory.
 
@@ -94,12 +110,14 @@ class Virtqueue:
     Args:
         layout: the vring's shape.
         ring: the vring's bytes, at least ``layout.size``, aligned to ``layout.align`` and to 8
-            (descriptors hold u64 addresses).
+            (descriptors hold u64 addresses); or its parts, wherever they are.
         memory: where the buffers may lie (their physical addresses are checked against it).
         role: this side's end.
         event_idx: VIRTIO_RING_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_RING_F_INDIRECT_DESC was negotiated; the device end follows them.
         fresh: for a device: its driver has just begun, so nothing was put back yet.
+        start: for a device: where in the available ring `attach` begins, where the transport says
+            so.
 
     Raises:
         ValueError: the ring's memory is too small or badly aligned.
@@ -108,31 +126,27 @@ class Virtqueue:
     def __init__(
         self,
         layout: VringLayout,
-        ring: memoryview,
+        ring: memoryview | RingParts,
         memory: MemoryMap,
         role: Role,
         *,
         event_idx: bool = False,
         indirect: bool = False,
         fresh: bool = False,
+        start: int | None = None,
         name: str = "virtqueue",
     ) -> None:
-        if ring.nbytes < layout.size:
-            raise ValueError(f"{name}: {ring.nbytes} bytes for a vring of {layout.size}")
+        parts = _pin_parts(name, layout, ring)
         self.layout = layout
         self.role = role
         self.name = name
         self._memory = memory
         self._fresh = fresh
-        pinned = Pinned(ring)
-        address = int(ffi.cast("uintptr_t", pinned.pointer))
-        # A mapping is not aligned to more than a page.
-        alignment = max(8, min(layout.align, 4096))
-        if address % alignment:
-            pinned.close()
-            raise ValueError(f"{name}: the vring's memory is not aligned to {alignment} bytes")
+        self._start = start
+        one = isinstance(ring, memoryview)
+        self._padding = layout.used_offset - layout.available_offset if one else 0
         bases = [Pinned(region.view) for region in memory.regions]
-        self._pinned = (pinned, *bases)
+        self._pinned = (*parts, *bases)
         self._regions = ffi.new("struct vq_region[]", len(memory.regions))
         for i, region in enumerate(memory.regions):
             self._regions[i] = (region.pa, region.size, bases[i].pointer)
@@ -140,9 +154,10 @@ class Virtqueue:
         self._spans = ffi.new("struct vq_span[]", layout.num)
         self._number = ffi.new("uint32_t *")
         self._q = ffi.new("struct vq *")
-        self._q.ring = pinned.pointer
-        self._q.available = ffi.cast("uint16_t *", pinned.pointer + layout.available_offset)
-        self._q.used = ffi.cast("uint16_t *", pinned.pointer + layout.used_offset)
+        descriptors, available, used = parts
+        self._q.ring = descriptors.pointer
+        self._q.available = ffi.cast("uint16_t *", available.pointer)
+        self._q.used = ffi.cast("uint16_t *", used.pointer)
         self._q.slots = self._slots
         self._q.regions = self._regions
         self._q.region_count = len(memory.regions)
@@ -175,7 +190,9 @@ class Virtqueue:
         return bool(self.used_index != self.handle.published)
 
     def start(self) -> None:
-        """Begins from zero; the driver clears the ring's memory."""
+        """Begins from zero; the driver clears the ring's memory, also between its parts."""
+        if self.role is Role.DRIVER and self._padding:
+            ffi.memmove(self.handle.available, bytes(self._padding), self._padding)
         lib.vq_start(self.handle)
 
     def attach(self, seen: int | None = None) -> None:
@@ -202,6 +219,8 @@ class Virtqueue:
     def _find_start(self) -> int:
         """Where `attach` begins by default."""
         used, num = self.used_index, self.layout.num
+        if self._start is not None:
+            return self._start
         if self.role is Role.DRIVER:
             return used
         available, filled = self.available_index, (used - num) & 0xFFFF
@@ -214,8 +233,9 @@ class Virtqueue:
     def copy(self) -> RingCopy:
         """The vring as it stands in memory, for `takeover`."""
         available, used = self.available_index, self.used_index
-        ring = bytes(ffi.buffer(self._q.ring, self.layout.size))
-        return copy_ring(self.name, self.layout, available, used, ring)
+        descriptors = bytes(ffi.buffer(self._q.ring, self.layout.available_offset))
+        ring = bytes(ffi.buffer(self._q.available, self.layout.available_size))
+        return copy_ring(self.name, self.layout, available, used, descriptors, ring)
 
     def resume(self, available: int, heads: Sequence[int], whole: int) -> None:
         """Driver: goes on where another driver left, whose chains were one descriptor each.
@@ -360,3 +380,36 @@ class Virtqueue:
     def _check_role(self, role: Role) -> None:
         if self.role is not role:
             raise ValueError(f"{self.name}: only the {role.value} end does this")
+
+
+def _pin_parts(
+    name: str, layout: VringLayout, ring: memoryview | RingParts
+) -> tuple[Pinned, Pinned, Pinned]:
+    """The descriptors, the available and the used ring, as C sees them.
+
+    Raises:
+        ValueError: their memory is too small or badly aligned.
+    """
+    if isinstance(ring, RingParts):
+        views = (ring.descriptors, ring.available, ring.used)
+        alignments = (8, 2, 4)  # virtio 1.2, 2.7; of descriptors what C needs
+    else:
+        if ring.nbytes < layout.size:
+            raise ValueError(f"{name}: {ring.nbytes} bytes for a vring of {layout.size}")
+        views = (ring, ring[layout.available_offset :], ring[layout.used_offset :])
+        # A mapping is not aligned to more than a page.
+        alignments = (max(8, min(layout.align, 4096)), 2, 4)
+    sizes = (layout.available_offset, layout.available_size, layout.used_size)
+    with contextlib.ExitStack() as stack:
+        parts = []
+        for what, view, size, alignment in zip(_PARTS, views, sizes, alignments, strict=True):
+            if view.nbytes < size:
+                raise ValueError(f"{name}: {view.nbytes} bytes for the {what}, which take {size}")
+            part = Pinned(view)
+            stack.callback(part.close)
+            if int(ffi.cast("uintptr_t", part.pointer)) % alignment:
+                raise ValueError(f"{name}: the {what} are not aligned to {alignment} bytes")
+            parts.append(part)
+        stack.pop_all()
+    descriptors, available, used = parts
+    return descriptors, available, used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import struct
 from collections.abc import Callable, Iterator
 
@@ -24,7 +25,7 @@ from openamp_py.errors import (
 from openamp_py.memory import MemoryMap, Region, SharedMemory
 from openamp_py.virtio import Handshake, Role, SharedU8, SharedU32, VirtioDevice, Vring
 from openamp_py.virtio.device import TRANSPORT_FEATURES
-from openamp_py.vring import VringLayout
+from openamp_py.vring import VringLayout, VringPlaces
 
 DA, PA, SIZE = 0x1000_0000, 0x9000_0000, 0x4000
 STATUS_AT, ACCEPTED_AT, RING_AT = 0, 4, 0x1000
@@ -308,6 +309,34 @@ def test_no_such_vring(index: int) -> None:
 def test_a_vring_that_memory_does_not_hold(role: Role, da: int, match: str) -> None:
     with bench(vrings=(Vring(da, LAYOUT, 0),)) as b, pytest.raises(ValueError, match=match):
         b.sides[role].open_queue(0)
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        ("descriptors", "vdev2 vring 0, descriptors: 128 bytes at 0x10004000"),
+        ("available", "vdev2 vring 0, available ring: 22 bytes"),
+        ("used", "vdev2 vring 0, used ring: 70 bytes"),
+    ],
+)
+def test_parts_of_a_vring_that_memory_does_not_hold(part: str, match: str) -> None:
+    inside = VringPlaces(DA + 0x1000, DA + 0x2000, DA + 0x3000)
+    places = dataclasses.replace(inside, **{part: DA + 0x4000})
+    vring = Vring(inside.descriptors, VringLayout(8, 4), 0, places)
+    with bench(vrings=(vring,)) as b, pytest.raises(ResourceTableError, match=match):
+        b.device.open_queue(0)
+
+
+def test_a_vring_in_parts_begins_where_it_is_told() -> None:
+    places = VringPlaces(DA + 0x3000, DA + 0x2000, DA + 0x1000)
+    vring = Vring(places.descriptors, VringLayout(8, 4), 0, places, start=2)
+    with bench(vrings=(vring,)) as b, contextlib.closing(b.driver.open_queue(0)) as driver:
+        driver.start()
+        heads = [driver.add([(PA, 4)]) for _ in range(4)]
+        driver.publish()
+        with contextlib.closing(b.device.open_queue(0)) as device:
+            device.attach()
+            assert [chain.head for chain in iter(device.get_available, None)] == heads[2:]
 
 
 def test_kicks_carry_the_notify_id() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import random
 import struct
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from openamp_py.errors import VirtqueueError
 from openamp_py.memory import MemoryMap, Region, SharedMemory
-from openamp_py.virtio import Role, Span, Virtqueue
+from openamp_py.virtio import RingParts, Role, Span, Virtqueue
 from openamp_py.vring import VringLayout
 
 T = TypeVar("T")
@@ -572,6 +573,116 @@ def test_each_end_writes_its_wish_where_it_belongs(event_idx: bool) -> None:
         w.driver.notify_on()
         w.device.notify_on()
         assert all(w.u16(offset) == 0 for offset, _ in places)
+
+
+# Parts that lie anywhere.
+
+
+class Scattered:
+    """A virtqueue whose three parts are in an order of their own, with guards between them."""
+
+    def __init__(self, num: int, order: Sequence[int], *, event_idx: bool = False) -> None:
+        self.layout = layout = VringLayout(num, 4)
+        sizes = (layout.available_offset, layout.available_size, layout.used_size)
+        self.shared = SharedMemory.create("openamp-test", 4 * (GUARD + (1 << 17)) + POOL_SIZE)
+        self.memory = self.shared.region("all", 0).view
+        self.pool = self.memory[-POOL_SIZE:]
+        self.memory[:-POOL_SIZE] = b"\xa5" * len(self.memory[:-POOL_SIZE])
+        views: dict[int, memoryview] = {}
+        at = GUARD
+        for part in order:
+            # What follows begins as close behind as it may; only the descriptors are aligned to 8.
+            at = -(-at // 8) * 8 + (0, 2, 4)[part]
+            views[part] = self.memory[at : at + sizes[part]]
+            at += sizes[part]
+        self.parts = RingParts(views[0], views[1], views[2])
+        regions = MemoryMap([Region("pool", POOL_PA, POOL_PA, self.pool)])
+        self.driver, self.device = (
+            Virtqueue(layout, self.parts, regions, role, event_idx=event_idx) for role in Role
+        )
+        self.driver.start()
+
+    def guards_hold(self) -> bool:
+        """Whether nothing but the parts and the pool was written."""
+        inside = sum(view.nbytes for view in vars_of(self.parts))
+        whole = self.memory.nbytes - POOL_SIZE
+        saved = [bytes(view) for view in vars_of(self.parts)]
+        for view in vars_of(self.parts):
+            view[:] = bytes(view.nbytes)
+        untouched = bytes(self.memory[:whole]).count(0xA5)
+        for view, content in zip(vars_of(self.parts), saved, strict=True):
+            view[:] = content
+        return untouched == whole - inside
+
+    def close(self) -> None:
+        self.driver.close()
+        self.device.close()
+        self.shared.close()
+
+
+def vars_of(parts: RingParts) -> tuple[memoryview, memoryview, memoryview]:
+    return parts.descriptors, parts.available, parts.used
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@BOTH_WISHES
+def test_parts_in_any_order(order: Sequence[int], event_idx: bool) -> None:
+    with contextlib.closing(Scattered(4, order, event_idx=event_idx)) as s:
+        s.device.attach()
+        for number in range(9):
+            head = s.driver.add([(POOL_PA, 3)], [(POOL_PA + 8, 4)])
+            assert head is not None
+            s.driver.publish()
+            s.pool[:3] = bytes((number,)) * 3
+            chain = s.device.get_available()
+            assert chain is not None and bytes(chain.spans[0].view) == bytes((number,)) * 3
+            s.device.put_used(chain.head, number)
+            s.device.publish()
+            assert s.driver.get_used() == (head, number)
+        copy = s.driver.copy()
+        assert (copy.available, copy.used) == (9, 9) and len(copy.heads) == 4
+        assert s.guards_hold()
+
+
+@pytest.mark.parametrize("used", [0, 5])
+def test_a_transport_can_say_where_a_device_begins(used: int) -> None:
+    with contextlib.closing(Scattered(8, (2, 0, 1))) as s:
+        heads = [s.driver.add([(POOL_PA + i, 1)]) for i in range(8)]
+        s.driver.publish()
+        s.parts.used[2] = used
+        regions = MemoryMap([Region("pool", POOL_PA, POOL_PA, s.pool)])
+        device = Virtqueue(s.layout, s.parts, regions, Role.DEVICE, start=3)
+        with contextlib.closing(device):
+            device.attach()
+            taken = [chain.head for chain in iter(device.get_available, None)]
+            assert taken == heads[3:]
+            device.put_used(taken[0], 1)
+            device.publish()
+            assert device.used_index == used + 1
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        ("descriptors", "127 bytes for the descriptors, which take 128"),
+        ("available", "21 bytes for the entries of the available ring, which take 22"),
+        ("used", "69 bytes for the entries of the used ring, which take 70"),
+    ],
+)
+def test_parts_that_are_too_small(part: str, match: str) -> None:
+    with contextlib.closing(Scattered(8, (0, 1, 2))) as s:
+        short = dataclasses.replace(s.parts, **{part: getattr(s.parts, part)[:-1]})
+        with pytest.raises(ValueError, match=match):
+            Virtqueue(s.layout, short, MemoryMap(()), Role.DEVICE)
+
+
+@pytest.mark.parametrize(("part", "odd"), [("descriptors", 4), ("available", 1), ("used", 2)])
+def test_parts_that_are_badly_aligned(part: str, odd: int) -> None:
+    with contextlib.closing(Scattered(8, (0, 1, 2))) as s:
+        view = s.memory[GUARD // 2 + odd : GUARD // 2 + odd + 256]
+        shifted = dataclasses.replace(s.parts, **{part: view})
+        with pytest.raises(ValueError, match=f"not aligned to {2 * odd} bytes"):
+            Virtqueue(s.layout, shifted, MemoryMap(()), Role.DEVICE)
 
 
 # The caller's mistakes.
