@@ -20,6 +20,7 @@ from openamp_py.errors import (
     PlatformError,
     ResourceTableError,
     StateError,
+    VhostUserError,
     VirtqueueError,
 )
 from openamp_py.host import open_host_bus
@@ -31,6 +32,8 @@ from openamp_py.platforms import (
     QemuPlatform,
     ShmAddress,
     ShmLink,
+    VhostUserAddress,
+    VhostUserLink,
 )
 from openamp_py.platforms.boards import BOARDS, Board
 from openamp_py.platforms.demo import python_firmware
@@ -171,6 +174,8 @@ __all__ = [  # noqa: RUF022 - the most important first
     "Link",
     "ShmLink",
     "ShmAddress",
+    "VhostUserLink",
+    "VhostUserAddress",
     "MemoryMap",
     "Region",
     "Image",
@@ -209,6 +214,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "OpenAMPError",
     "PeerError",
     "VirtqueueError",
+    "VhostUserError",
     "PeerGoneError",
     "FirmwareError",
     "ImageError",

@@ -25,6 +25,9 @@ VIRTIO_RING_F_INDIRECT_DESC: Final = 1 << 28
 VIRTIO_RING_F_EVENT_IDX: Final = 1 << 29
 """Virtio feature bit 29: notifications are suppressed by index, not by flag."""
 
+VIRTIO_F_VERSION_1: Final = 1 << 32
+"""Virtio feature bit 32: little endian, whatever the machine."""
+
 NAME_SERVICE_ADDRESS: Final = 53
 """Where announcements go (rpmsg.h, RPMSG_NS_EPT_ADDR)."""
 

@@ -3,6 +3,7 @@
     OpenAMPError
     ├── PeerError                the other side broke the protocol
     │   ├── VirtqueueError         it wrote an impossible value into a ring
+    │   ├── VhostUserError         it sent a vhost-user request that no working front end sends
     │   └── PeerGoneError          it left, or its end of the doorbell closed
     ├── FirmwareError            the image cannot be used (also a ValueError)
     │   ├── ImageError             the ELF file
@@ -42,6 +43,10 @@ class VirtqueueError(PeerError):
 
     The virtqueue is broken for good: only a new one, after a reset, can be used.
     """
+
+
+class VhostUserError(PeerError):
+    """A vhost-user front end broke the protocol; its connection is closed for that."""
 
 
 class PeerGoneError(PeerError):

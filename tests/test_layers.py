@@ -38,6 +38,7 @@ FLOORS = {
     "firmware": 3,
     "platforms.boards": 3,
     "platforms.registers": 3,
+    "platforms.vhost_wire": 3,
     "background": 4,
     "feed": 4,
     "host": 4,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from functools import partial
 
 import trio
 
 from openamp_py.cli.common import DONE, Subparsers, plain_errors, usage_errors
 from openamp_py.constants import ECHO_CHANNEL
-from openamp_py.echo import serve_echo
-from openamp_py.platforms import ShmAddress, ShmLink
+from openamp_py.echo import echo, serve_echo
+from openamp_py.platforms import ShmAddress, ShmLink, VhostUserAddress, VhostUserLink
+from openamp_py.remote import serve_remote
 from openamp_py.rpmsg.wire import check_name
 
 DEFAULT_LINK = "shm:/dev/shm/openamp.shm?doorbell=unix:/tmp/openamp.event.0&listen=1"
@@ -24,13 +26,16 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
         parents=[common],
         help="play a remote for a host elsewhere",
         description="Plays the remote, in the virtio device role, until the host sends "
-        "SHUTDOWN_MSG, withdraws its endpoint, or is gone.",
+        "SHUTDOWN_MSG, withdraws its endpoint, or is gone. A vhost-user: link that listens serves "
+        "one guest after the other, until one sends SHUTDOWN_MSG.",
     )
     parser.add_argument("service", choices=["echo"], help="what to play")
     parser.add_argument(
         "--core",
         default=DEFAULT_LINK,
-        help=f"the link to serve (default: {DEFAULT_LINK}, as OpenAMP's demo programs)",
+        help=f"the link to serve: shm:PATH?doorbell=unix:PATH[&listen=1] (default: "
+        f"{DEFAULT_LINK}, as OpenAMP's demo programs), or vhost-user:PATH for a Linux guest "
+        "(User-Mode Linux: virtio_uml.device=PATH:7)",
     )
     parser.add_argument("--channel", default=ECHO_CHANNEL, help="name to announce")
     parser.set_defaults(run=_run)
@@ -38,8 +43,15 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     with usage_errors():
-        address = ShmAddress.parse(options.core)
         check_name(options.channel)
-    with contextlib.closing(ShmLink(address)) as link, plain_errors():
-        trio.run(serve_echo, link, options.channel)
+        if VhostUserAddress.matches(options.core):
+            guests = VhostUserLink(VhostUserAddress.parse(options.core))
+        else:
+            guests, address = None, ShmAddress.parse(options.core)
+    with plain_errors():
+        if guests is not None:
+            trio.run(serve_remote, guests, partial(echo, channel=options.channel, rebind=True))
+        else:
+            with contextlib.closing(ShmLink(address)) as link:
+                trio.run(serve_echo, link, options.channel)
     return DONE

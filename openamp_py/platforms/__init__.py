@@ -7,6 +7,7 @@ from openamp_py.platforms.native import NativePlatform
 from openamp_py.platforms.process import ProcessPlatform
 from openamp_py.platforms.qemu import QemuPlatform
 from openamp_py.platforms.shm import ShmAddress, ShmLink
+from openamp_py.platforms.vhost_user import VhostUserAddress, VhostUserLink
 
 __all__ = [
     "LoopbackPlatform",
@@ -15,4 +16,6 @@ __all__ = [
     "QemuPlatform",
     "ShmAddress",
     "ShmLink",
+    "VhostUserAddress",
+    "VhostUserLink",
 ]

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import socket
-import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,14 +23,12 @@ from openamp_py.errors import PeerGoneError, PlatformError
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import demo
 from openamp_py.platforms.doorbell import Doorbell, DoorbellLink
+from openamp_py.platforms.unix_sockets import accept, connect, open_listener
 from openamp_py.remoteproc.resource_table import encode_table
 from openamp_py.virtio import Handshake
 
 KICK: Final = 1
 """The byte of every kick; the demo platform sends no ids."""
-
-# How often a connector looks whether its peer is there yet (seconds): doubling, from, to.
-_CONNECT_EVERY = (0.005, 0.2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +126,7 @@ class ShmLink(DoorbellLink):
         elif isinstance(address.doorbell, int):
             sock = _adopt(address.doorbell)
         else:
-            sock = await _connect(address.doorbell)
+            sock = await connect(address.doorbell, "doorbell")
         self.doorbell = Doorbell(sock, constant=KICK)
         with contextlib.closing(self.doorbell):
             if not address.listen:
@@ -175,41 +172,8 @@ class ShmLink(DoorbellLink):
         target = self.memory.find_da(demo.TABLE_DA, len(table))
         assert target is not None, "the layout has room for its table"
         target[:] = table
-        with contextlib.ExitStack() as stack:
-            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-            listener.setblocking(False)
-            try:
-                if os.path.lexists(path):
-                    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                        raise PlatformError(f"doorbell {path}: it exists and is not a socket")
-                    if _is_listening(path):
-                        raise PlatformError(f"doorbell {path}: another program listens on it")
-                    os.unlink(path)
-                listener.bind(path)
-                stack.callback(_unlink, path)
-                listener.listen(1)
-            except OSError as error:
-                raise PlatformError(f"doorbell {path}: {error.strerror or error}") from error
-            while True:
-                await trio.lowlevel.wait_readable(listener)
-                with contextlib.suppress(BlockingIOError):
-                    return listener.accept()[0]
-
-
-# The flag in /proc/net/unix of a socket that accepts connections (__SO_ACCEPTCON).
-_ACCEPTS = 0x10000
-
-
-def _is_listening(path: str) -> bool:
-    """Whether a program accepts connections there. To connect would make us its one peer."""
-    with open("/proc/net/unix") as sockets:
-        next(sockets)
-        for line in sockets:
-            # Num, RefCount, Protocol, Flags, Type, St, Inode, Path
-            fields = line.rstrip("\n").split(None, 7)
-            if len(fields) == 8 and fields[7] == path and int(fields[3], 16) & _ACCEPTS:
-                return True
-    return False
+        with open_listener(path, "doorbell") as listener:
+            return await accept(listener)
 
 
 # struct flock of fcntl(2): type and whence short, start and length off_t, pid
@@ -239,30 +203,3 @@ def _adopt(descriptor: int) -> socket.socket:
         return socket.socket(fileno=descriptor)
     except OSError as error:
         raise PlatformError(f"doorbell fd:{descriptor}: {error.strerror or error}") from error
-
-
-async def _connect(path: str) -> socket.socket:
-    """Connects as soon as the peer listens."""
-    pause, longest = _CONNECT_EVERY
-    while True:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        try:
-            sock.connect(path)
-            await trio.lowlevel.checkpoint()
-            return sock
-        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-            sock.close()
-        except OSError as error:
-            sock.close()
-            raise PlatformError(f"doorbell {path}: {error.strerror or error}") from error
-        except BaseException:
-            sock.close()
-            raise
-        await trio.sleep(pause)
-        pause = min(2 * pause, longest)
-
-
-def _unlink(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)

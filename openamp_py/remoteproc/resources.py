@@ -138,6 +138,15 @@ class Resources:
             adopt=self._adopt,
         )
 
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The virtio ids of the devices."""
+        return tuple(device.device_id for device in self.devices)
+
+    def drop_driver(self, cause: OpenAMPError) -> bool:
+        """Device: the driver broke a ring. Returns whether another one may come: not here."""
+        return False
+
     def rpmsg_device(self) -> VirtioDevice:
         """The first RPMsg device.
 
