@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-from functools import partial
 
 import trio
 
 from openamp_py.cli.common import DONE, Subparsers, plain_errors, usage_errors
 from openamp_py.constants import ECHO_CHANNEL
-from openamp_py.echo import echo, serve_echo
+from openamp_py.echo import serve_echo
 from openamp_py.platforms import ShmAddress, ShmLink, VhostUserAddress, VhostUserLink
-from openamp_py.remote import serve_remote
 from openamp_py.rpmsg.wire import check_name
 
 DEFAULT_LINK = "shm:/dev/shm/openamp.shm?doorbell=unix:/tmp/openamp.event.0&listen=1"
@@ -44,14 +41,21 @@ def add_parser(commands: Subparsers, common: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     with usage_errors():
         check_name(options.channel)
-        if VhostUserAddress.matches(options.core):
-            guests = VhostUserLink(VhostUserAddress.parse(options.core))
-        else:
-            guests, address = None, ShmAddress.parse(options.core)
+        link = _create_link(options.core)
     with plain_errors():
-        if guests is not None:
-            trio.run(serve_remote, guests, partial(echo, channel=options.channel, rebind=True))
-        else:
-            with contextlib.closing(ShmLink(address)) as link:
-                trio.run(serve_echo, link, options.channel)
+        try:
+            trio.run(serve_echo, link, options.channel)
+        finally:
+            if isinstance(link, ShmLink):
+                link.close()
     return DONE
+
+
+def _create_link(url: str) -> ShmLink | VhostUserLink:
+    """
+    Raises:
+        ValueError: the URL is of neither kind.
+    """
+    if VhostUserAddress.matches(url):
+        return VhostUserLink(VhostUserAddress.parse(url))
+    return ShmLink(ShmAddress.parse(url))

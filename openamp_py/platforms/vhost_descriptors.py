@@ -117,6 +117,9 @@ class Call:
                 raise VhostUserError(
                     f"the call descriptor of vring {index} is neither an eventfd nor a socket"
                 )
+        except OSError as error:
+            os.close(fd)
+            raise VhostUserError(f"the call descriptor of vring {index}: {error}") from error
         except BaseException:
             os.close(fd)
             raise

@@ -34,11 +34,13 @@ class Offer:
         features: virtio features.
         protocol: vhost-user protocol features.
         sealed: guest memory that can be cut off is refused.
+        device_id: what kind of virtio device it is.
     """
 
     features: int
     protocol: int
     sealed: bool = False
+    device_id: int = VIRTIO_ID_RPMSG
 
 
 class _Ring:
@@ -329,7 +331,7 @@ class FrontEnd:
             )
         device = VirtioDevice(
             role=Role.DEVICE,
-            device_id=VIRTIO_ID_RPMSG,
+            device_id=self._offer.device_id,
             index=0,
             offered=self._offer.features,
             status=ToldWord(ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK),

@@ -114,16 +114,23 @@ class VhostUserLink:
         address: where front ends are met.
         features: virtio features to offer.
         protocol: vhost-user protocol features to offer.
+        device_id: what kind of virtio device it is. One that is not RPMsg, and has two vrings too,
+            is for programs that work the devices of `open_devices` themselves.
     """
 
     def __init__(
-        self, address: VhostUserAddress, *, features: int = FEATURES, protocol: int = PROTOCOL
+        self,
+        address: VhostUserAddress,
+        *,
+        features: int = FEATURES,
+        protocol: int = PROTOCOL,
+        device_id: int = VIRTIO_ID_RPMSG,
     ) -> None:
         self.address = address
         self.name = f"{_SCHEME}{address.path}"
         if address.inband:
             protocol |= wire.INBAND
-        self._offer = Offer(features, protocol, address.sealed)
+        self._offer = Offer(features, protocol, address.sealed, device_id)
 
     @asynccontextmanager
     async def open_devices(self) -> AsyncIterator[Guests]:
@@ -163,13 +170,13 @@ class Guests:
     """The drivers that come and go over a link. Made by `VhostUserLink.open_devices`.
 
     Attributes:
+        kinds: the virtio id of the one device that there is.
         failure: what ended the link; None while it is up.
         dropped: why the latest front end that was dropped was; None where all left by themselves.
     """
 
-    kinds = (VIRTIO_ID_RPMSG,)
-
     def __init__(self, offer: Offer, name: str) -> None:
+        self.kinds = (offer.device_id,)
         self._offer = offer
         self._name = name
         self._front_end: FrontEnd | None = None
@@ -259,9 +266,8 @@ class Guests:
                     self.drop_driver(error)
 
     def _refusal(self, error: OpenAMPError) -> OpenAMPError:
-        refusal = VhostUserError(f"{self._name}: the front end was dropped: {error}")
-        refusal.__cause__ = error.__cause__
-        return refusal
+        # As text: whoever keeps this must not keep the guest's memory, which a traceback does.
+        return VhostUserError(f"{self._name}: the front end was dropped: {error}")
 
     def _wake(self) -> None:
         self._news.unpark_all()

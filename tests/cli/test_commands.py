@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from front_end import open_guest
 
+from openamp_py import ECHO_CHANNEL
 from openamp_py.cli import main
 from openamp_py.platforms.native import shipped_echo
+from openamp_py.rpmsg.wire import SHUTDOWN_REQUEST
 
 LIMIT = 60.0
 OPENAMP = (sys.executable, "-m", "openamp_py")
@@ -259,7 +263,29 @@ def test_serve_echo_plays_the_remote_for_ping(tmp_path: Path) -> None:
         assert server.wait(LIMIT) == 0
 
 
+def test_serve_echo_plays_the_device_of_a_guest(tmp_path: Path) -> None:
+    async def be_a_guest(ends: bool) -> None:
+        with trio.fail_after(LIMIT):
+            async with (
+                open_guest(tmp_path / "s") as bus,
+                bus.open_endpoint(ECHO_CHANNEL, announce=False) as endpoint,
+            ):
+                for payload in (b"one", SHUTDOWN_REQUEST if ends else b"two"):
+                    await endpoint.send(payload)
+                    assert (await endpoint.receive()).payload == payload
+
+    url = f"vhost-user:{tmp_path / 's'}"
+    with subprocess.Popen([*OPENAMP, "serve", "echo", "--core", url]) as server:
+        for ends in (False, False, True):
+            assert server.poll() is None
+            trio.run(be_a_guest, ends)
+        assert server.wait(LIMIT) == 0
+    assert not (tmp_path / "s").exists()
+
+
 def test_serve_used_wrongly(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "echo", "--core", "vhost-user:/a?b=1"]) == 2
+    assert "unknown option 'b'" in capsys.readouterr().err
     assert main(["serve", "echo", "--core", "native"]) == 2
     assert "is not a link" in capsys.readouterr().err
 
