@@ -31,6 +31,7 @@ from openamp_py.errors import (
     VhostUserError,
     as_ours,
 )
+from openamp_py.memory import MemoryMap
 from openamp_py.platforms import vhost_wire as wire
 from openamp_py.platforms.unix_sockets import accept, connect, open_listener
 from openamp_py.platforms.vhost_descriptors import Descriptors, Kick
@@ -182,24 +183,30 @@ class Guests:
         self._front_end: FrontEnd | None = None
         self._connection = trio.CancelScope()
         self._given: VirtioDevice | None = None
+        self._last: VirtioDevice | None = None
         self._news = trio.lowlevel.ParkingLot()
         self._broken: OpenAMPError | None = None
         self.failure: OpenAMPError | None = None
         self.dropped: OpenAMPError | None = None
 
     async def wait_driver(self, index: int) -> VirtioDevice:
-        """Waits for the next life of a driver.
+        """Waits for the next life of a driver. What worked the one before is closed by now.
 
         Raises:
             OpenAMPError: what ended the link.
         """
         await trio.lowlevel.checkpoint()
+        if self._last is not None:
+            # What refers to itself is not collected while nothing happens here, and would keep
+            # the memory of a guest that is gone.
+            self._last.memory = MemoryMap(())
+            self._last = None
         while True:
             if self.failure is not None:
                 raise self.failure.with_traceback(None)
             life = None if self._front_end is None else self._front_end.life
             if life is not None and life is not self._given:
-                self._given = life
+                self._given = self._last = life
                 return life
             life = None
             await self._news.park()

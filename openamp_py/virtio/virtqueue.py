@@ -365,6 +365,7 @@ class Virtqueue:
         """Lets go of the shared memory. Idempotent; nothing else may be called after it."""
         if not self._closed:
             self._closed = True
+            self._memory = MemoryMap(())
             for pinned in self._pinned:
                 pinned.close()
 

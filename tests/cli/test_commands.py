@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -276,11 +277,24 @@ def test_serve_echo_plays_the_device_of_a_guest(tmp_path: Path) -> None:
 
     url = f"vhost-user:{tmp_path / 's'}"
     with subprocess.Popen([*OPENAMP, "serve", "echo", "--core", url]) as server:
-        for ends in (False, False, True):
-            assert server.poll() is None
-            trio.run(be_a_guest, ends)
-        assert server.wait(LIMIT) == 0
+        try:
+            for ends in (False, False, True):
+                assert server.poll() is None
+                trio.run(be_a_guest, ends)
+                _wait_unmapped(server.pid, "openamp-guest")
+            assert server.wait(LIMIT) == 0
+        finally:
+            server.kill()
     assert not (tmp_path / "s").exists()
+
+
+def _wait_unmapped(pid: int, name: str) -> None:
+    """Waits until a process has let go of memory of this name, or is gone."""
+    until = time.monotonic() + LIMIT / 6
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        while name in Path(f"/proc/{pid}/maps").read_text():
+            assert time.monotonic() < until, f"{name} is still mapped"
+            time.sleep(0.01)
 
 
 def test_serve_used_wrongly(capsys: pytest.CaptureFixture[str]) -> None:
