@@ -54,6 +54,7 @@ from openamp_py.constants import (
 )
 from openamp_py.memory import SharedMemory
 from openamp_py.platforms import vhost_wire as wire
+from openamp_py.platforms.vhost_descriptors import Kick
 from openamp_py.platforms.vhost_wire import MemoryPlace, Request
 from openamp_py.remote import BusApplication
 from openamp_py.vring import VringPlaces
@@ -958,15 +959,44 @@ async def test_calls_that_are_never_heard_do_not_stop_it(tmp_path: Path) -> None
             await _exchange(bus)
 
 
+async def test_a_kick_that_somebody_else_takes_is_waited_for_on() -> None:
+    """The front end has the eventfd too, and says whether reading it waits."""
+    fd = os.eventfd(0)
+    kicks = [Kick(os.dup(fd), 0) for _ in range(2)]
+    heard = []
+
+    async def hear(kick: Kick) -> None:
+        with contextlib.suppress(trio.ClosedResourceError):
+            while True:
+                await kick.wait()
+                heard.append(kick)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            for kick in kicks:
+                nursery.start_soon(hear, kick)
+            for count in range(1, 4):
+                await trio.testing.wait_all_tasks_blocked()
+                os.eventfd_write(fd, 1)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                assert len(heard) == count
+            for kick in kicks:
+                kick.close()
+                kick.close()
+    finally:
+        os.close(fd)
+
+
 # Memory that is cut off
 
 
-async def test_memory_that_takes_a_seal_is_sealed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [False, True])
+async def test_memory_that_takes_a_seal_is_sealed(tmp_path: Path, asked: bool) -> None:
     fd = os.memfd_create("openamp-guest", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, 0x100000)
         async with (
-            _served(tmp_path / "s", sealed=True),
+            _served(tmp_path / "s", sealed=asked),
             open_front_end(tmp_path / "s") as (side, nursery),
         ):
             await side.shake_hands(nursery)
