@@ -136,9 +136,12 @@ class Guest:
         """
         program = self.directory / f"{self._number + 1}.py"
         program.write_text(source)
-        return await self.run(
-            f"chroot /host {sys.executable} {program}", limit=limit, silence=silence
-        )
+        return await self.run(on_host_python(str(program)), limit=limit, silence=silence)
+
+
+def on_host_python(arguments: str) -> str:
+    """The command that runs the host's Python, this very one, in the guest."""
+    return f"chroot /host {sys.executable} {arguments}"
 
 
 @contextlib.asynccontextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from openamp_py.remoteproc.resource_table import decode_table_untrusted
 from tests.kernel.build import Kernel
 from tests.kernel.conftest import Boot
 from tests.kernel.core import DEVICE_ID, Op, RemoteCore, open_core
-from tests.kernel.guest import open_guest
+from tests.kernel.guest import on_host_python, open_guest
 from tests.kernel.images import CODE, CODE_DA, TABLE_DA, TRACE_DA, make_image, make_table
 from tests.kernel.scripts import (
     RPROC,
@@ -236,7 +235,7 @@ async def test_a_core_that_dies_ends_its_nodes_and_not_the_kernel(
             await guest.run("insmod /program_rproc.ko\n" + START + wait_for("/dev/rpmsg0"))
             (place / "wait.py").write_text(WAIT_FOR_THE_END)
             await guest.run(
-                f"chroot /host {sys.executable} {place}/wait.py >/work/waited 2>&1 &\n"
+                f"{on_host_python(f'{place}/wait.py')} >/work/waited 2>&1 &\n"
                 "until grep -q open /work/waited; do sleep 0.01; done"
             )
             dying.cancel()
