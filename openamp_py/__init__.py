@@ -6,6 +6,7 @@ from openamp_py.choosing import CoreDescription, choose_core, list_cores
 from openamp_py.constants import ADDRESS_ANY, ECHO_CHANNEL, SHUTDOWN_MSG
 from openamp_py.echo import serve_echo
 from openamp_py.errors import (
+    AccessDeniedError,
     CoreCrashedError,
     CoreDiedError,
     CoreResetError,
@@ -220,6 +221,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "ImageError",
     "ResourceTableError",
     "PlatformError",
+    "AccessDeniedError",
     "CoreDiedError",
     "CoreCrashedError",
     "CoreResetError",

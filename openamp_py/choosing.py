@@ -6,6 +6,7 @@ native            firmware for this machine
 process, loopback a remote written in Python
 qemu              an emulated board, by the image
 qemu:BOARD        this board
+linux:NAME        a processor that this machine's kernel boots: see `LinuxPlatform.parse`
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import trio
 from openamp_py import firmware as shipped
 from openamp_py.echo import serve_echo
 from openamp_py.errors import ImageError, PlatformError
+from openamp_py.linux.platform import AS_SET, SCHEME, LinuxPlatform
 from openamp_py.platforms import LoopbackPlatform, NativePlatform, ProcessPlatform, demo
 from openamp_py.platforms.boards import BOARDS, UNUSABLE, Board, choose_board, find_board
 from openamp_py.platforms.demo import python_firmware
@@ -38,6 +40,9 @@ AUTO: Final = "auto"
 
 QEMU: Final = "qemu"
 """An emulated board that fits the image; with ":BOARD" behind it, this one."""
+
+LINUX: Final = SCHEME
+"""With ":NAME" behind it, a processor that this machine's kernel boots."""
 
 CORES: Final = ("native", "loopback", "process")
 """Names of the cores that need no emulator."""
@@ -57,7 +62,12 @@ class Choice(NamedTuple):
 
 def is_core(name: str) -> bool:
     """Whether a name can only mean a core to boot, and not the URL of a peer."""
-    return ":" not in name or name.startswith(f"{QEMU}:")
+    return ":" not in name or name.startswith((f"{QEMU}:", f"{LINUX}:"))
+
+
+def is_linux(name: str) -> bool:
+    """Whether a name means a processor that this machine's kernel boots."""
+    return name.startswith(f"{LINUX}:")
 
 
 def check_name(name: str, *, gdb: str | None = None) -> None:
@@ -68,12 +78,15 @@ def check_name(name: str, *, gdb: str | None = None) -> None:
     """
     if name.startswith(f"{QEMU}:"):
         find_board(name.removeprefix(f"{QEMU}:"))
+    elif is_linux(name):
+        LinuxPlatform.parse(name).close()
     elif name not in (AUTO, QEMU, *CORES):
         raise ValueError(
             f"unknown core {name!r}; there are {', '.join((AUTO, *CORES, QEMU))}, "
-            f"{QEMU}:BOARD (`openamp cores` lists the boards), and shm: URLs"
+            f"{QEMU}:BOARD (`openamp cores` lists the boards), {LINUX}:NAME (`openamp list` shows "
+            "this machine's processors), and shm: URLs"
         )
-    if gdb is not None and name in CORES:
+    if gdb is not None and (name in CORES or is_linux(name)):
         raise ValueError(f"core {name} takes no debugger: only emulated cores (qemu:BOARD) do")
 
 
@@ -152,12 +165,16 @@ def create_platform(name: str, *, gdb: str | None = None) -> Platform:
             return ProcessPlatform()
         case "loopback":
             return LoopbackPlatform(serve_echo)
+    if is_linux(name):
+        return LinuxPlatform.parse(name)
     board = find_board(name.removeprefix(f"{QEMU}:"))
     return QemuPlatform(board, gdb=gdb)
 
 
 def shipped_image(platform: Platform) -> Image:
     """What a platform runs where nothing else is asked for: the echo service.
+
+    A processor of this machine's kernel runs the firmware that is set for it.
 
     Raises:
         PlatformError: there is none for this board.
@@ -166,6 +183,8 @@ def shipped_image(platform: Platform) -> Image:
         return shipped_echo()
     if isinstance(platform, QemuPlatform):
         return shipped_firmware(platform.board)
+    if isinstance(platform, LinuxPlatform):
+        return AS_SET
     return python_firmware()
 
 

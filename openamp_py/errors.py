@@ -9,6 +9,7 @@
     │   ├── ImageError             the ELF file
     │   └── ResourceTableError     the resource table, in an image or in memory
     ├── PlatformError            the platform could not do what was asked
+    │   ├── AccessDeniedError      this user may not (also a PermissionError)
     │   └── CoreDiedError          a core that ran, ended when it should not have
     │       ├── CoreCrashedError     by a fault or a signal, or it was reported as crashed
     │       ├── CoreResetError       it asked for a reset
@@ -67,6 +68,13 @@ class ResourceTableError(FirmwareError):
 
 class PlatformError(OpenAMPError):
     """A platform could not do what was asked of it."""
+
+
+class AccessDeniedError(PlatformError, PermissionError):
+    """This user may not use a file or a device node; says which, and what cures it."""
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
 
 
 class CoreDiedError(PlatformError):

@@ -9,6 +9,8 @@ from dataclasses import replace
 import trio
 
 from openamp_py.errors import PeerGoneError, PlatformError
+from openamp_py.linux.bus import open_linux_bus
+from openamp_py.linux.platform import LinuxPlatform
 from openamp_py.remoteproc import RemoteProcessor, Subdevice
 from openamp_py.rpmsg import Bus, BusOptions, Handover, decode_handover_untrusted, open_bus
 from openamp_py.rpmsg.handover import NOTHING
@@ -53,6 +55,9 @@ async def open_host_bus(
     device, before the processor counts as running: endpoints that were opened with `rebind` live
     on. `open_bus` alone ends with its device.
 
+    Of a processor that this machine's kernel boots (`LinuxPlatform`) the bus is the kernel's, and
+    has neither options nor an index: see `LinuxBus`.
+
     Args:
         processor: whose.
         options: how the bus works the link; a core that is out of order gets the quirks it needs.
@@ -66,6 +71,10 @@ async def open_host_bus(
         PlatformError: what a host before told of it cannot be used.
         trio.BrokenResourceError: the core was gone before the bus was up.
     """
+    if isinstance(processor.platform, LinuxPlatform):
+        async with open_linux_bus(processor) as linux_bus:
+            yield linux_bus
+        return
     device = _find_device(processor, index)
     if processor.core is not None and processor.core.is_out_of_order:
         options = replace(options, always_kick=True, recheck=options.recheck or _RECHECK)

@@ -173,7 +173,8 @@ class Session:
         """Returns why it was not graceful, or None."""
         try:
             acknowledged = await _wait_acknowledgement(endpoint)
-            if self.processor is not None:
+            core = None if self.processor is None else self.processor.core
+            if self.processor is not None and core is not None and core.tells_exit:
                 await self.processor.wait_exit()
         except (OpenAMPError, trio.ClosedResourceError) as error:
             return str(error)

@@ -9,7 +9,7 @@ from typing import Final
 import trio
 
 from openamp_py.constants import RPMSG_F_NS
-from openamp_py.errors import ResourceTableError, StateError
+from openamp_py.errors import PlatformError, ResourceTableError, StateError
 from openamp_py.remoteproc import ProcessorState, RemoteProcessor, read_trace
 from openamp_py.rpmsg import Bus, BusDump
 from openamp_py.virtio import Role
@@ -64,13 +64,14 @@ def _describe_link(bus: Bus) -> Iterator[str]:
     if dump.failure is not None:
         yield f"the link has failed: {dump.failure}"
         return
-    if not dump.status & DRIVER_OK:
+    if dump.rings and not dump.status & DRIVER_OK:
         yield (
             f"DRIVER_OK is gone from the status word ({dump.status:#x}): the firmware has "
             "overwritten it"
         )
-    yield f"kicks from it: {dump.statistics.kicks_received}"
-    yield from _describe_rings(dump)
+    if dump.rings:  # the kernel has those of a processor that it boots
+        yield f"kicks from it: {dump.statistics.kicks_received}"
+        yield from _describe_rings(dump)
     if dump.channels:
         names = ", ".join(repr(channel.name) for channel in dump.channels[:_NAMES])
         more = "" if len(dump.channels) <= _NAMES else f" and {len(dump.channels) - _NAMES} more"
@@ -104,7 +105,9 @@ def _describe_rings(dump: BusDump) -> Iterator[str]:
 
 
 def _last_words(processor: RemoteProcessor) -> Iterator[str]:
-    with contextlib.suppress(KeyError, ResourceTableError, StateError):  # it has none
+    with contextlib.suppress(
+        KeyError, PlatformError, ResourceTableError, StateError
+    ):  # it has none
         yield _quote("last line of its trace", read_trace(processor))
     if processor.platform.console:
         yield _quote("of its console", processor.platform.console)

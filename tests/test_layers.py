@@ -43,6 +43,8 @@ FLOORS = {
     "feed": 4,
     "host": 4,
     "linux": 4,
+    "linux.dump": 3,
+    "linux.faults": 3,
     "rpmsg": 4,
     "remoteproc": 4,
     "platforms": 4,

@@ -10,7 +10,8 @@ import trio
 
 from openamp_py.errors import OpenAMPError, PeerGoneError, PlatformError, as_ours
 from openamp_py.memory import MemoryMap
-from openamp_py.remoteproc.coredump import DumpSegment
+from openamp_py.remoteproc.coredump import Coredump, DumpSegment
+from openamp_py.remoteproc.crash import CrashPolicy
 from openamp_py.remoteproc.elf import Firmware
 from openamp_py.remoteproc.plan import LoadPlan, Translate
 from openamp_py.remoteproc.resource_table import Vendor
@@ -74,6 +75,7 @@ class Core(abc.ABC):
         is_out_of_order: what it writes may be seen in another order than it wrote it, so that
             each side may miss that the other is about to sleep: a bus kicks always then, and looks
             at its rings now and then without a kick.
+        tells_exit: whether `run` ends when the firmware has ended by itself.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Core(abc.ABC):
     elf_class: int = 32
     note: bytes = b""
     is_out_of_order: bool = False
+    tells_exit: bool = True
 
     @abc.abstractmethod
     def kick(self, notify_id: int) -> None:
@@ -130,6 +133,12 @@ class Core(abc.ABC):
         await trio.lowlevel.checkpoint()
         return ""
 
+    def part(self) -> None:
+        """The processor's block ends: from now on the end of `run` may leave the core running.
+
+        For a core that ran before there was this processor. Others end with it.
+        """
+
     async def detach(self, note: bytes) -> None:
         """From now on the end of `run` leaves the core running, for another host to take over.
 
@@ -167,6 +176,9 @@ class Platform(abc.ABC):
 
     def check(self, firmware: Firmware) -> None:
         """Raises ImageError when this core cannot run the image."""
+
+    def heed(self, policy: CrashPolicy) -> None:
+        """What the processor will do about a crash; said before each `prepare`."""
 
     async def prepare(self) -> None:
         """Before an image is loaded or a core is attached: clocks, power, memory."""
@@ -233,6 +245,29 @@ class Platform(abc.ABC):
     async def dump_segments(self) -> Sequence[DumpSegment]:
         """What a coredump is to contain beside the core's memory: registers of peripherals, say."""
         return ()
+
+    async def take_coredump(self, failure: OpenAMPError | None) -> Coredump | None:
+        """The coredump of a platform that makes it itself; None: it is made of the memory.
+
+        Args:
+            failure: why the core ended.
+
+        Raises:
+            PlatformError: it made none.
+        """
+        return None
+
+    def read_trace(self, name: str | None) -> bytes | None:
+        """What is in a trace buffer that the platform has; None: it is in the core's memory.
+
+        Args:
+            name: of the buffer; None for the first.
+
+        Raises:
+            KeyError: no buffer of that name; says which there are.
+            PlatformError: it cannot be read.
+        """
+        return None
 
     def panic(self) -> None:
         """The host program is about to end by an error: leave the core as safe as can be.

@@ -642,6 +642,9 @@ class RemoteProcessor:
         """
         if self._plan is None and self.state in _EMPTY:
             raise StateError(f"there is nothing to dump: the processor is {self.state.value}")
+        taken = await self.platform.take_coredump(self.failure)
+        if taken is not None:
+            return taken
         return await make_dump(
             self.platform,
             self._translate,
@@ -677,6 +680,8 @@ class RemoteProcessor:
         await self.wait_idle()  # it is cancelled, and undoes what it did
         await self._end_latest()
         await self._aftermath.end()
+        if self._life is not None:
+            self._life.core.part()
         await self._end_life()
         self._close_resources()
         self._plan = None
@@ -783,6 +788,7 @@ class RemoteProcessor:
     async def _prepare(self) -> None:
         if self._prepared:
             return
+        self.platform.heed(self.policy)
         try:
             await self.platform.prepare()
         except BaseException:

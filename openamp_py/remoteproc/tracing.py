@@ -10,7 +10,7 @@ from typing import Final, Self
 
 import trio
 
-from openamp_py.errors import ResourceTableError, StateError
+from openamp_py.errors import PlatformError, ResourceTableError, StateError
 from openamp_py.remoteproc.processor import RemoteProcessor
 from openamp_py.remoteproc.subdevices import Subdevice
 from openamp_py.remoteproc.trace import TraceReader, decode_trace_untrusted
@@ -52,7 +52,7 @@ class TraceFollower(Subdevice):
         self._reader = TraceReader()
         self._last_words: deque[str] = deque(maxlen=_LIVES)
         self._lost = 0
-        self._buffer: memoryview | None = None  # of a core that was stopped, to the next
+        self._buffer: memoryview | bytes | None = None  # of a core that was stopped, to the next
 
     @property
     def gaps(self) -> int:
@@ -66,7 +66,9 @@ class TraceFollower(Subdevice):
 
     async def stop(self, *, crashed: bool) -> None:
         """It will be over soon. The memory may be no longer the platform's when it is."""
-        with contextlib.suppress(KeyError, StateError):  # another image may have no such buffer
+        with contextlib.suppress(
+            KeyError, PlatformError, StateError
+        ):  # another image may have no such buffer
             self._buffer = _find(self._processor, self._name)
 
     async def unprepare(self) -> None:
@@ -132,7 +134,10 @@ async def open_trace(
         processor.remove_subdevice(follower)
 
 
-def _find(processor: RemoteProcessor, name: str | None) -> memoryview:
+def _find(processor: RemoteProcessor, name: str | None) -> memoryview | bytes:
+    own = processor.platform.read_trace(name)
+    if own is not None:
+        return own
     table = processor.table
     if table is None:
         raise StateError(f"there is no trace: the processor is {processor.state.value}")
