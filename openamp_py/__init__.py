@@ -25,6 +25,7 @@ from openamp_py.errors import (
     VirtqueueError,
 )
 from openamp_py.host import open_host_bus
+from openamp_py.linux.platform import LinuxPlatform
 from openamp_py.memory import MemoryMap, Region
 from openamp_py.platforms import (
     LoopbackPlatform,
@@ -170,6 +171,7 @@ __all__ = [  # noqa: RUF022 - the most important first
     "CoreDescription",
     "choose_core",
     "describe_silence",
+    "LinuxPlatform",
     "LoopbackPlatform",
     "Core",
     "Link",

@@ -565,7 +565,7 @@ class LinuxBus(Bus):
 
     async def _bind_announced(self, endpoint: LinuxEndpoint) -> None:
         """Binds it where its service is there."""
-        for channel in self._announced:
+        for channel in self._announced if self.usable else ():
             if channel.name == endpoint.name and endpoint.waits_for_service:
                 await self._bind(endpoint, channel.address, self._devices[channel])
                 return
@@ -574,19 +574,20 @@ class LinuxBus(Bus):
     async def _bind(
         self, endpoint: LinuxEndpoint, destination: int, device: LinuxChannel | None
     ) -> None:
-        generation = self._generation
         async with self._making:
+            if device is not None and not endpoint.waits_for_service:
+                return  # somebody else has done it
+            generation = self._generation
             opened = await self._open_own(device) if device is not None else None
             if opened is None:
                 opened = await self._make(endpoint, destination)
-        if generation != self._generation or not self.usable or endpoint.is_closed:
-            opened.close()
-            self._check()
-            return
-        endpoint.attach_node(opened, destination)
-        if device is not None:
-            self._names = frozenset()  # it may have been withdrawn meanwhile
-            self.look()
+            if generation != self._generation or not self.usable or endpoint.is_closed:
+                opened.close()
+                self._check()
+                return
+            endpoint.attach_node(opened, destination)
+        if device is not None and device not in self._devices.values():
+            endpoint.withdraw()  # meanwhile
 
     async def _open_own(self, device: LinuxChannel) -> OpenNode | None:
         """The node that the kernel's driver has for a service; None where it has none, or it is
@@ -612,6 +613,7 @@ class LinuxBus(Bus):
 
     async def _make(self, endpoint: LinuxEndpoint, destination: int) -> OpenNode:
         """Lets the kernel make an endpoint, and opens its node."""
+        self._check()
         if self._control is None:
             raise PlatformError(
                 f"{self._platform.name}: endpoints cannot be made without a control node: is the "
@@ -622,6 +624,7 @@ class LinuxBus(Bus):
             name = endpoint.name or "openamp_py"
             info = encode_endpoint(name, source, destination)
             before = set(self._children(self._control_path, _ENDPOINT))
+            self._check()
             try:
                 self._control.ioctl(CREATE_ENDPOINT, info)
             except OSError as error:
@@ -669,8 +672,10 @@ class LinuxBus(Bus):
             yield wanted
             return
         reader = TreeReader(self._access)
-        used = {each.source for each in reader.nodes()[1] if each.bus == self._bus_name}
-        used |= {each.source for each in reader.channels() if each.bus == self._bus_name}
+        used = {endpoint.address for endpoint in self._open_endpoints}
+        used |= {device.source for device in self._devices.values() if device.source is not None}
+        for name in self._children(self._control_path, _ENDPOINT):
+            used.add(_number(reader.text(f"{self._control_path}/{name}/src")))
         address = FIRST_ADDRESS
         for _ in range(_ADDRESSES):
             while address in used:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import random
+import select
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -64,15 +65,24 @@ class OpenNode:
         self._closed = False
 
     def close(self) -> None:
-        """Gives the node back, and wakes who waits for it. Idempotent."""
+        """Gives the node back, and wakes who waits for it. Idempotent.
+
+        An endpoint that went with its bus is not destroyed: to do that twice is a panic of the
+        kernel (seen on 6.1), which does not look. A dead one shows by its poll events.
+        """
         if self._closed:
             return
         self._closed = True
         trio.lowlevel.notify_closing(self.node.fileno())
-        if self._made:
+        if self._made and self._is_alive():
             with contextlib.suppress(OSError):  # it went with its bus
                 self.node.ioctl(DESTROY_ENDPOINT)
         self.node.close()
+
+    def _is_alive(self) -> bool:
+        poll = select.poll()
+        poll.register(self.node.fileno(), 0)  # errors and the end are always told
+        return not poll.poll(0)
 
 
 class LinuxEndpoint(Endpoint):
