@@ -172,9 +172,10 @@ class Session:
     async def _ask_to_leave(self, endpoint: Endpoint) -> str | None:
         """Returns why it was not graceful, or None."""
         try:
-            acknowledged = await _wait_acknowledgement(endpoint)
             core = None if self.processor is None else self.processor.core
-            if self.processor is not None and core is not None and core.tells_exit:
+            tells_exit = core is None or core.tells_exit
+            acknowledged = await _wait_acknowledgement(endpoint, or_end=tells_exit)
+            if self.processor is not None and tells_exit:
                 await self.processor.wait_exit()
         except (OpenAMPError, trio.ClosedResourceError) as error:
             return str(error)
@@ -183,8 +184,13 @@ class Session:
         return None if acknowledged else "the remote left without acknowledging"
 
 
-async def _wait_acknowledgement(endpoint: Endpoint) -> bool:
+async def _wait_acknowledgement(endpoint: Endpoint, *, or_end: bool) -> bool:
     """Asks, and waits for an answer or the end of the service.
+
+    Args:
+        endpoint: bound to a service of the remote.
+        or_end: wait for that end after an answer, too; a core whose end nobody sees may never
+            come to it.
 
     Returns:
         Whether it answered, or withdrew the service, which is all that OpenAMP's programs do.
@@ -198,6 +204,8 @@ async def _wait_acknowledgement(endpoint: Endpoint) -> bool:
             await endpoint.send(SHUTDOWN_REQUEST)
         async for message in endpoint:
             acknowledged = acknowledged or message.payload == SHUTDOWN_REQUEST
+            if acknowledged and not or_end:
+                break
         return True
     except trio.BrokenResourceError as error:
         cause = error.__cause__
