@@ -233,9 +233,11 @@ async def open_session(
         core: "auto" chooses by the image: "native" for this machine's own instruction set and
             where there is no image, otherwise an emulated board. "native", "process" or
             "loopback" (the last two play the echo service in Python), "qemu" (a board by the
-            image), "qemu:BOARD", a platform, or the URL of a peer that runs already
+            image), "qemu:BOARD", "linux:NAME" (a processor that this machine's kernel boots: see
+            `LinuxPlatform`), a platform, or the URL of a peer that runs already
             (``shm:PATH?doorbell=unix:PATH[&listen=1]``).
-        image: firmware to boot; by default what the core ships: the echo service. One that is
+        image: firmware to boot; by default what the core ships: the echo service; for a processor
+            of the kernel what is set for it, or runs already. One that is
             looked at to choose the core is read once: a restart boots it as it was.
         options: how the bus works the link.
         policy: what happens when the core crashes.

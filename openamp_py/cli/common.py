@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import trio
 
-from openamp_py.choosing import AUTO, CORES, QEMU
+from openamp_py.choosing import AUTO, CORES, LINUX, QEMU
 from openamp_py.errors import OpenAMPError, PeerError
 from openamp_py.platforms.qemu import QemuPlatform
 from openamp_py.remoteproc import CoredumpMode, CrashPolicy, Platform
@@ -70,7 +70,8 @@ def add_core_options(parser: argparse.ArgumentParser, *, urls: str = "") -> None
     parser.add_argument(
         "--core",
         default=AUTO,
-        help=f"{', '.join((AUTO, *CORES, QEMU))}, {QEMU}:BOARD (see `openamp cores`){urls} "
+        help=f"{', '.join((AUTO, *CORES, QEMU))}, {QEMU}:BOARD (see `openamp cores`), "
+        f"{LINUX}:NAME for a processor of this machine's kernel (see `openamp list`){urls} "
         f"(default: {AUTO}, by the ELF)",
     )
     parser.add_argument(

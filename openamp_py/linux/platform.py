@@ -684,8 +684,10 @@ class LinuxCore(Core):
     ) -> None:
         """Has the core started where it is not up, and looks at it until it ends."""
         platform = self._platform
+        up = False
         try:
             await self._bring_up()
+            up = True
             platform.bus_lost = trio.Event()
             platform.note_up()
             task_status.started()
@@ -696,7 +698,7 @@ class LinuxCore(Core):
         except (PlatformError, PeerGoneError):
             raise
         except BaseException:  # it is ended from here
-            if not self._leaves:
+            if not self._leaves and (up or self._owned):
                 with trio.CancelScope(shield=True):
                     await self._stop()
             raise

@@ -523,3 +523,26 @@ async def test_open_host_bus_is_the_same_bus(tree: FakeTree, m4: FakeProcessor) 
             assert Session(bus, processor).bus is bus
         with pytest.raises(trio.ClosedResourceError):
             await bus.wait_service("x")
+
+
+async def test_without_a_control_node_a_tty_carries_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linux_bus, "BUS_GRACE", QUICK)
+
+    async def service(remote: FakeRemote) -> None:
+        remote.announce("rpmsg-tty", 1024)
+        async for message in remote:
+            remote.send(message.payload, message.source, source=1024)
+
+    async with open_fake_tree(modules=("virtio_rpmsg_bus", "rpmsg_tty")) as tree:
+        tree.add_processor("m4", service=service)
+        async with open_board(tree) as session:
+            async with session.bus.open_endpoint("rpmsg-tty") as endpoint:
+                await endpoint.send(b"bytes\n")
+                assert (await endpoint.receive()).payload == b"bytes\n"
+                with pytest.raises(ValueError, match="no empty messages"):
+                    await endpoint.send(b"")
+            with pytest.raises(PlatformError, match="rpmsg_ctrl"):
+                async with session.bus.open_endpoint("mine", destination=1024):
+                    pass

@@ -29,6 +29,7 @@ from openamp_py import (
 from openamp_py.choosing import check_name, create_platform, is_core, shipped_image
 from openamp_py.linux.fake import FakeProcessor, FakeTree, open_fake_tree
 from openamp_py.linux.platform import AS_SET, LinuxPlatform
+from openamp_py.linux.tree import FIRMWARE_PATH
 from openamp_py.remoteproc.coredump import Coredump
 from openamp_py.remoteproc.images import with_table
 from openamp_py.remoteproc.resource_table import ResourceTable
@@ -446,3 +447,42 @@ def test_a_url_that_is_none(url: str, text: str) -> None:
 def test_no_debugger_waits_for_a_board() -> None:
     with pytest.raises(ValueError, match="debugger"):
         check_name("linux:m4", gdb="tcp::1234")
+
+
+async def test_where_the_kernels_directory_cannot_be_written_it_looks_in_ours(
+    tree: FakeTree, m4: FakeProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openamp_py.linux.platform.DEFAULT_DIRECTORY", "/proc/no/such/place")
+    monkeypatch.setattr("openamp_py.linux.platform.tempfile.gettempdir", lambda: str(tmp_path))
+    told: list[tuple[str, bytes]] = []
+    write = tree.write
+
+    async def record(path: str, data: bytes) -> None:
+        told.append((path, data))
+        if path == FIRMWARE_PATH:
+            tree.put(path, data)
+        elif data == b"start":
+            m4.hooks.clear()
+            raise OSError(errno.ENOENT, "the fake has no such directory")
+        else:
+            await write(path, data)
+
+    monkeypatch.setattr(tree, "write", record)
+    async with open_processor(platform_of(tree)) as processor:
+        with pytest.raises(ImageError, match="finds no firmware"):
+            await processor.boot(shipped_echo())
+    ours = [data for path, data in told if path == FIRMWARE_PATH]
+    assert ours[0].startswith(str(tmp_path).encode())
+    assert ours[1] == b"\0"  # as it was
+    assert not list(tmp_path.rglob("*.elf"))
+
+
+async def test_a_boot_that_is_cancelled_does_not_stop_somebody_elses_core(
+    tree: FakeTree, m4: FakeProcessor
+) -> None:
+    await tree.write(f"{m4.path}/state", b"start")
+    async with open_processor(platform_of(tree)) as processor:
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await processor.boot(AS_SET)
+    assert m4.state == "running"
