@@ -687,6 +687,7 @@ class LinuxCore(Core):
         up = False
         try:
             await self._bring_up()
+            await trio.lowlevel.checkpoint_if_cancelled()
             up = True
             platform.bus_lost = trio.Event()
             platform.note_up()

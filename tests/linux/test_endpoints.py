@@ -546,3 +546,20 @@ async def test_without_a_control_node_a_tty_carries_bytes(
             with pytest.raises(PlatformError, match="rpmsg_ctrl"):
                 async with session.bus.open_endpoint("mine", destination=1024):
                     pass
+
+
+async def test_a_node_that_went_is_in_doubt_until_its_bus_had_time_to_go(
+    tree: FakeTree, m4: FakeProcessor
+) -> None:
+    """The kernel ends the endpoints of a bus before the bus."""
+    async with open_board(tree) as session, session.bus.open_endpoint(ECHO_CHANNEL) as endpoint:
+        await endpoint.wait_bound()
+        assert isinstance(endpoint, LinuxEndpoint)
+        assert isinstance(session.bus, LinuxBus)
+        session.bus.doubt(endpoint, PeerGoneError("the endpoint alone"))
+        session.bus.look()
+        assert endpoint.failure is None
+        m4.crash()
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await endpoint.receive()
+        assert "the endpoint alone" not in str(caught.value.__cause__)

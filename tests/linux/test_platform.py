@@ -486,3 +486,16 @@ async def test_a_boot_that_is_cancelled_does_not_stop_somebody_elses_core(
             scope.cancel()
             await processor.boot(AS_SET)
     assert m4.state == "running"
+
+
+async def test_an_attach_that_is_cancelled_leaves_the_core_running(tree: FakeTree) -> None:
+    early = tree.add_processor("early", attached=True)
+    async with open_processor(platform_of(tree, "early")) as processor:
+        with trio.CancelScope() as scope:
+
+            async def cancel() -> None:
+                scope.cancel()
+
+            early.hooks["attach"] = cancel
+            await processor.attach()
+        assert early.state in ("attached", "detached")
