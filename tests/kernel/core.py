@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import trio
-from openamp_py.platforms.vhost_user import Guests, VhostUserAddress, VhostUserLink
 
 from openamp_py import BusApplication, serve_remote
 from openamp_py.background import open_background
 from openamp_py.constants import VIRTIO_F_VERSION_1
 from openamp_py.errors import ResourceTableError
 from openamp_py.memory import MemoryMap, Region
+from openamp_py.platforms.vhost_user import Guests, VhostUserAddress, VhostUserLink
 from openamp_py.virtio import Handshake, VirtioDevice, Virtqueue
 
 DEVICE_ID = 63

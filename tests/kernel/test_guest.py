@@ -66,8 +66,7 @@ def test_what_the_build_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAMP_LINUX_SOURCE", "/nowhere/linux.tar.xz")
     with pytest.raises(Unavailable, match=r"no /nowhere/linux\.tar\.xz .*linux-source-6\.1"):
         building.build()
-    monkeypatch.undo()
-    monkeypatch.setattr(building, "PACKAGED", Path(__file__))
+    monkeypatch.setenv("OPENAMP_LINUX_SOURCE", __file__)
     monkeypatch.setattr(building, "TOOLS", {"no-such-tool": "its-package"})
     with pytest.raises(Unavailable, match="packages its-package"):
         building.build()
