@@ -122,13 +122,30 @@ def _read(
     """One direction's, from a copy of its ring."""
     if index >= len(device.vrings):
         return ()
-    vring = device.vrings[index]
-    ring = device.memory.find_da(vring.da, vring.layout.size)
-    if ring is None:
+    layout = device.vrings[index].layout
+    copy = _copy_ring(device, index)
+    if copy is None:
         return ()
-    copy = bytes(ring)
     find = device.memory.find_pa
-    return decode_recent_untrusted(copy, heads(copy, vring.layout), find, count, size)
+    return decode_recent_untrusted(copy, heads(copy, layout), find, count, size)
+
+
+def _copy_ring(device: VirtioDevice, index: int) -> bytes | None:
+    """A vring as one piece, wherever its parts are; None where they are in no memory."""
+    vring = device.vrings[index]
+    layout = vring.layout
+    places = vring.places or layout.places(vring.da)
+    copy = bytearray(layout.size)
+    for offset, da, size in (
+        (0, places.descriptors, layout.available_offset),
+        (layout.available_offset, places.available, layout.available_size),
+        (layout.used_offset, places.used, layout.used_size),
+    ):
+        part = device.memory.find_da(da, size)
+        if part is None:
+            return None
+        copy[offset : offset + size] = part
+    return bytes(copy)
 
 
 def decode_recent_untrusted(

@@ -52,11 +52,12 @@ from openamp_py.constants import (
     VIRTIO_RING_F_EVENT_IDX,
     VIRTIO_RING_F_INDIRECT_DESC,
 )
-from openamp_py.memory import SharedMemory
+from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import vhost_wire as wire
 from openamp_py.platforms.vhost_descriptors import Kick
 from openamp_py.platforms.vhost_wire import MemoryPlace, Request
 from openamp_py.remote import BusApplication
+from openamp_py.rpmsg.recent import RecentMessages, recent_messages
 from openamp_py.vring import VringPlaces
 
 Requests = Sequence[tuple[int, bytes]]
@@ -178,6 +179,26 @@ async def test_parts_of_vrings_in_any_order(tmp_path: Path, order: tuple[int, in
     guest = Guest(parts=(order, second))
     async with _served(tmp_path / "s"), open_guest(tmp_path / "s", guest) as bus:
         await _exchange(bus)
+
+
+async def test_what_went_over_vrings_in_parts_can_be_read_afterwards(tmp_path: Path) -> None:
+    guest = Guest(parts=((0x8000, 0x1000, 0x42C0), (0x18000, 0x11000, 0x142C0)))
+    async with (
+        _served(tmp_path / "s"),
+        open_front_end(tmp_path / "s", guest) as (side, nursery),
+    ):
+        await side.shake_hands(nursery)
+        async with open_driver(side, nursery) as bus:
+            async with bus.open_endpoint(NAME, announce=False) as endpoint:
+                await endpoint.wait_bound()
+                await endpoint.send(b"one")
+                await endpoint.receive()
+            recent = recent_messages(side.device)
+            assert [each.payload for each in recent.sent] == [b"one"]
+            assert recent.received[-1].payload == b"one"
+            memory, side.device.memory = side.device.memory, MemoryMap(())
+            assert recent_messages(side.device) == RecentMessages((), ())
+            side.device.memory = memory
 
 
 async def test_memory_in_several_places(tmp_path: Path) -> None:
