@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -57,25 +58,28 @@ class Boot(Protocol):
         ...
 
 
+@contextlib.asynccontextmanager
+async def open_booted(
+    kernel: Kernel,
+    place: Path,
+    image: bytes,
+    application: BusApplication | None = None,
+    *,
+    attach_table: bytes = b"",
+    module: str = "",
+) -> AsyncIterator[tuple[Guest, RemoteCore]]:
+    """See `Boot`."""
+    (place / "core.elf").write_bytes(image)
+    path = place / "core.sock"
+    async with (
+        open_core(path, application, attach_table=attach_table) as core,
+        open_guest(kernel, place, [(path, DEVICE_ID)]) as guest,
+    ):
+        await guest.run(f"insmod /program_rproc.ko {module}")
+        yield guest, core
+
+
 @pytest.fixture
 def boot(kernel: Kernel, place: Path) -> Boot:
     """Boots guests with our remote processor driver loaded."""
-
-    @contextlib.asynccontextmanager
-    async def boot_(
-        image: bytes,
-        application: BusApplication | None = None,
-        *,
-        attach_table: bytes = b"",
-        module: str = "",
-    ) -> AsyncIterator[tuple[Guest, RemoteCore]]:
-        (place / "core.elf").write_bytes(image)
-        path = place / "core.sock"
-        async with (
-            open_core(path, application, attach_table=attach_table) as core,
-            open_guest(kernel, place, [(path, DEVICE_ID)]) as guest,
-        ):
-            await guest.run(f"insmod /program_rproc.ko {module}")
-            yield guest, core
-
-    return boot_
+    return functools.partial(open_booted, kernel, place)

@@ -161,28 +161,6 @@ async def main():
         assert await run(guest, program) == ["attached", "b'x'", "detached", "attached", "attached"]
 
 
-async def test_opening_an_endpoint_and_waiting_cost_little(boot: Boot) -> None:
-    program = """
-import time
-
-async def main():
-    async with open_session(CORE) as session:
-        begin = time.perf_counter()
-        for _ in range(20):
-            async with session.bus.open_endpoint("x", destination=1024):
-                pass
-        print((time.perf_counter() - begin) / 20 < 0.02)
-        async with session.bus.open_endpoint(ECHO_CHANNEL) as endpoint:
-            await endpoint.wait_bound()
-            begin = time.process_time()
-            with trio.move_on_after(1):
-                await endpoint.receive()
-            print(time.process_time() - begin < 0.05)
-"""
-    async with boot(make_image(), leaving_echo) as (guest, _core):
-        assert await run(guest, program) == ["True", "True"]
-
-
 async def test_errors_of_the_kernel(boot: Boot) -> None:
     program = f"""
 async def attempt(**options):
