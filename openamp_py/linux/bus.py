@@ -7,6 +7,7 @@ a node then. Only sysfs says who belongs to whom.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import math
@@ -67,6 +68,7 @@ _IDLE: Final = 0.25
 """Seconds between looks at sysfs while something is waited for, and while nothing is, where the
 kernel's events are not heard."""
 
+_FIRST_RETRY: Final = 0.001
 _RETRY: Final = 0.005
 _DOUBT: Final = 0.25
 """Seconds after which a bus whose endpoint went is still there, so it was the endpoint alone."""
@@ -420,6 +422,7 @@ class LinuxBus(Bus):
         Raises:
             PlatformError: there is none in time; says what may be missing.
         """
+        self._drop_control()  # of a start that did not get further
         control = await self._find_control()
         if control is not None:
             self._control = await self._open(control.node)
@@ -447,7 +450,7 @@ class LinuxBus(Bus):
         for endpoint in tuple(self._open_endpoints):
             endpoint.go_on()
             if endpoint.fixed_destination != ADDRESS_ANY:
-                await self._bind(endpoint, endpoint.fixed_destination, None)
+                await self._bind_or_fail(endpoint)
         self.hurry()
         self._wake()
 
@@ -462,13 +465,8 @@ class LinuxBus(Bus):
             self._looking = None
             self.look()
             for endpoint in tuple(self._open_endpoints):
-                if endpoint.waits_for_service:
-                    try:
-                        await self._bind_announced(endpoint)
-                    except (OpenAMPError, ValueError) as error:
-                        endpoint.fail(as_ours(error, f"{endpoint!r} cannot be bound"))
-                    except (trio.BrokenResourceError, trio.ClosedResourceError):
-                        pass  # it knows
+                if endpoint.waits_for_service and endpoint not in self._doubts:
+                    await self._bind_or_fail(endpoint)
 
     # Inside.
 
@@ -563,6 +561,18 @@ class LinuxBus(Bus):
             "(rpmsg_ctrl and rpmsg_char, virtio_rpmsg_bus): `openamp doctor` tells which"
         )
 
+    async def _bind_or_fail(self, endpoint: LinuxEndpoint) -> None:
+        """Binds it where it can be bound now; what forbids that ends this endpoint alone."""
+        try:
+            if endpoint.fixed_destination != ADDRESS_ANY:
+                await self._bind(endpoint, endpoint.fixed_destination, None)
+            else:
+                await self._bind_announced(endpoint)
+        except (OpenAMPError, ValueError) as error:
+            endpoint.fail(as_ours(error, f"{endpoint!r} cannot be bound"))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # it knows
+
     async def _bind_announced(self, endpoint: LinuxEndpoint) -> None:
         """Binds it where its service is there."""
         for channel in self._announced if self.usable else ():
@@ -623,7 +633,7 @@ class LinuxBus(Bus):
         for source in self._sources(wanted):
             name = endpoint.name or "openamp_py"
             info = encode_endpoint(name, source, destination)
-            before = set(self._children(self._control_path, _ENDPOINT))
+            before = self._made_nodes()
             self._check()
             try:
                 self._control.ioctl(CREATE_ENDPOINT, info)
@@ -633,11 +643,14 @@ class LinuxBus(Bus):
                 raise node_fault(
                     self._control_path, f"no endpoint {name!r} was made", error
                 ) from error
-            found = await self._find_made(before, source, destination)
             try:
+                found = await self._find_made(before, source, destination)
                 node = await self._open(f"/dev/{found}", busy=True, taken=True)
             except BlockingIOError:
-                continue
+                continue  # it stays: only who can open it could destroy it
+            except BaseException:
+                self._destroy_made(before, source, destination)
+                raise
             return OpenNode(node, f"/dev/{found}", source, made=True)
         raise ValueError(
             f"address {wanted:#x} is in use on {self._bus_name}"
@@ -645,26 +658,54 @@ class LinuxBus(Bus):
             else f"no free address on {self._bus_name} after {_ADDRESSES} that were in use"
         )
 
-    async def _find_made(self, before: set[str], source: int, destination: int) -> str:
-        """The name of the node that was just made: by its addresses, among those that are new."""
+    async def _find_made(
+        self, before: frozenset[tuple[str, int]], source: int, destination: int
+    ) -> str:
+        """The name of the node that was just made."""
         deadline = trio.current_time() + NODE_GRACE
-        reader = TreeReader(self._access)
-        while True:
-            for name in self._children(self._control_path, _ENDPOINT):
-                if name in before:
-                    continue
-                directory = f"{self._control_path}/{name}"
-                addresses = (reader.text(f"{directory}/src"), reader.text(f"{directory}/dst"))
-                if tuple(map(_number, addresses)) == (source, destination):
-                    return name
+        for pause in _pauses():
+            found = self._new_nodes(before, source, destination)
+            if found:
+                return found[0]
             if trio.current_time() >= deadline:
-                raise PlatformError(
-                    f"the endpoint {source:#x} -> {destination:#x} that was made on "
-                    f"{self._control_path} does not appear there within {NODE_GRACE} s"
-                )
+                break
             self.look()
             self._check()
-            await trio.sleep(_RETRY)
+            await trio.sleep(pause)
+        raise PlatformError(
+            f"the endpoint {source:#x} -> {destination:#x} that was made on "
+            f"{self._control_path} does not appear there within {NODE_GRACE} s"
+        )
+
+    def _made_nodes(self) -> frozenset[tuple[str, int]]:
+        """Names and inodes of the control node's endpoints: a name is soon given out again."""
+        found = set()
+        for name in self._children(self._control_path, _ENDPOINT):
+            with contextlib.suppress(OSError):  # they come and go
+                found.add((name, self._access.stat(f"{self._control_path}/{name}").st_ino))
+        return frozenset(found)
+
+    def _new_nodes(
+        self, before: frozenset[tuple[str, int]], source: int, destination: int
+    ) -> list[str]:
+        """Names of nodes that were not there before, and have these addresses."""
+        reader = TreeReader(self._access)
+        found = []
+        for name, _ in sorted(self._made_nodes() - before):
+            directory = f"{self._control_path}/{name}"
+            addresses = (reader.text(f"{directory}/src"), reader.text(f"{directory}/dst"))
+            if tuple(map(_number, addresses)) == (source, destination):
+                found.append(name)
+        return found
+
+    def _destroy_made(
+        self, before: frozenset[tuple[str, int]], source: int, destination: int
+    ) -> None:
+        """Takes back an endpoint that nobody waits for any more, where its node can be opened."""
+        for name in self._new_nodes(before, source, destination):
+            path = f"/dev/{name}"
+            with contextlib.suppress(OSError):
+                OpenNode(self._access.open_node(path), path, source, made=True).close()
 
     def _sources(self, wanted: int) -> Iterator[int]:
         """Addresses to try."""
@@ -698,6 +739,7 @@ class LinuxBus(Bus):
             taken: the same, where its address is in use.
         """
         deadline = trio.current_time() + NODE_GRACE
+        pauses = _pauses()
         while True:
             await trio.lowlevel.checkpoint()
             try:
@@ -715,7 +757,7 @@ class LinuxBus(Bus):
             if self.usable:
                 self.look()
                 self._check()
-            await trio.sleep(_RETRY)
+            await trio.sleep(next(pauses))
 
 
 class _LinuxBusSubdevice(Subdevice):
@@ -774,6 +816,14 @@ def _is_service(found: LinuxChannel) -> bool:
     """Whether a device on the bus is what the remote has announced, and not the kernel's own."""
     control = found.name == "rpmsg_chrdev" and found.destination == 0  # before Linux 6.0
     return found.name not in ("rpmsg_ctrl", "rpmsg_ns") and not control
+
+
+def _pauses() -> Iterator[float]:
+    """Seconds between tries of what comes soon, or not at all."""
+    pause = _FIRST_RETRY
+    while True:
+        yield pause
+        pause = min(2 * pause, _QUICK)
 
 
 def _number(text: str | None) -> int:

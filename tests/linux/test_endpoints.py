@@ -364,6 +364,116 @@ async def test_an_endpoint_that_somebody_destroys_is_broken_and_the_bus_is_not(
             assert (await endpoint.receive()).payload == b"well"
 
 
+async def test_an_opening_that_is_given_up_leaves_no_node(
+    tree: FakeTree, m4: FakeProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether nobody waits any more, or the node could not be opened in time."""
+    opens = tree.open_node
+    refused: list[str] = []
+
+    def refuse_once(path: str) -> Node:
+        if path not in refused:
+            refused.append(path)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return opens(path)
+
+    async with open_board(tree) as session:
+        control = read_tree(tree).controls[0].kernel_name
+        monkeypatch.setattr(tree, "open_node", refuse_once)
+        for grace, kind in ((linux_bus.NODE_GRACE, trio.TooSlowError), (0.0, AccessDeniedError)):
+            refused.clear()
+            monkeypatch.setattr(linux_bus, "NODE_GRACE", grace)
+            with pytest.raises(kind), trio.fail_after(0 if grace else 60):
+                await session.bus.wait_service(ECHO_CHANNEL)
+                async with session.bus.open_endpoint(ECHO_CHANNEL):
+                    pass
+            assert [e for e in read_tree(tree).endpoints if e.control == control] == []
+
+
+async def test_a_name_that_is_given_out_again_is_found(
+    tree: FakeTree, m4: FakeProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program closes its endpoint just before ours is made."""
+    async with open_board(tree) as session:
+        control = tree.open_node("/dev/rpmsg_ctrl0")
+        control.ioctl(CREATE_ENDPOINT, encode_endpoint("other", 3000, 1024))
+        control.close()
+        (made,) = [e for e in read_tree(tree).endpoints if e.name == "other"]
+        other = tree.open_node(made.node)
+        ours = session.bus._control  # type: ignore[attr-defined]
+        ioctl = ours.ioctl
+
+        def close_first(request: int, argument: bytes | int = 0) -> bytes:
+            other.ioctl(DESTROY_ENDPOINT)
+            other.close()
+            return bytes(ioctl(request, argument))
+
+        monkeypatch.setattr(ours, "ioctl", close_first)
+        monkeypatch.setattr(linux_bus, "NODE_GRACE", QUICK)
+        async with session.bus.open_endpoint("mine", destination=1024) as endpoint:
+            assert isinstance(endpoint, LinuxEndpoint)
+            assert endpoint.node == made.node
+
+
+async def test_a_named_endpoint_that_somebody_destroys_is_not_made_anew_and_broken_later(
+    tree: FakeTree, m4: FakeProcessor
+) -> None:
+    async with open_board(tree) as session, session.bus.open_endpoint(ECHO_CHANNEL) as endpoint:
+        await endpoint.wait_bound()
+        assert isinstance(endpoint, LinuxEndpoint)
+        assert endpoint._open is not None
+        address, node = endpoint.address, endpoint._open.node
+        node.ioctl(DESTROY_ENDPOINT)
+        with pytest.raises(trio.BrokenResourceError) as caught:
+            await endpoint.receive()
+        assert isinstance(caught.value.__cause__, PeerGoneError)
+        assert (endpoint.address, endpoint.node) == (address, None)
+
+
+async def test_an_endpoint_that_cannot_go_on_is_broken_alone(
+    tree: FakeTree, m4: FakeProcessor
+) -> None:
+    """In the next life its address is another's."""
+    async with open_board(tree) as session:
+        bus = session.bus
+        assert isinstance(bus, LinuxBus)
+        async with (
+            bus.open_endpoint("a", address=3000, destination=1024, rebind=True) as one,
+            bus.open_endpoint("b", address=3001, destination=1024, rebind=True) as two,
+        ):
+            bus._wanted[two] = 3000
+            await session.restart()
+            well, ill = (one, two) if one.is_bound else (two, one)
+            await well.send(b"on it goes")
+            with pytest.raises(trio.BrokenResourceError, match="0xbb8 is in use"):
+                await ill.send(b"no address")
+
+
+async def test_a_node_that_comes_at_once_is_not_waited_for_long(
+    tree: FakeTree,
+    m4: FakeProcessor,
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The promise is 5 ms beside what the kernel and udev take, here 1 ms."""
+    opens = tree.open_node
+    there = 0.0
+
+    def late(path: str) -> Node:
+        if trio.current_time() < there:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return opens(path)
+
+    async with open_board(tree) as session:
+        await session.bus.wait_service(ECHO_CHANNEL)
+        monkeypatch.setattr(tree, "open_node", late)
+        began = trio.current_time()
+        there = began + 0.001
+        async with session.bus.open_endpoint(ECHO_CHANNEL) as endpoint:
+            assert endpoint.is_bound
+            assert trio.current_time() - there < 0.004
+
+
 async def test_closing_wakes_who_waits(tree: FakeTree, m4: FakeProcessor) -> None:
     async with open_board(tree) as session, session.bus.open_endpoint(ECHO_CHANNEL) as endpoint:
         await endpoint.wait_bound()
