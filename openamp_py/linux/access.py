@@ -64,6 +64,10 @@ class Node(Protocol):
 class Access(Protocol):
     """A machine's files and nodes."""
 
+    def local(self, path: str) -> str:
+        """Where this program has that file of the machine, to be written without it."""
+        ...
+
     def names(self, directory: str) -> list[str]:
         """The names in a directory, in no order."""
         ...
@@ -131,17 +135,17 @@ class MachineAccess:
     def __init__(self, root: str | os.PathLike[str] = "/") -> None:
         self._root = os.path.realpath(root)
 
-    def _host(self, path: str) -> str:
+    def local(self, path: str) -> str:
         if "\0" in path:  # some are made of names that a firmware chose
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
         return os.path.join(self._root, path.lstrip("/"))
 
     def names(self, directory: str) -> list[str]:
-        return os.listdir(self._host(directory))
+        return os.listdir(self.local(directory))
 
     def read(self, path: str, size: int = ATTRIBUTE_SIZE, offset: int = 0) -> bytes:
         # A FIFO or a tty in the place of a file must not hold us.
-        fd = os.open(self._host(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        fd = os.open(self.local(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         try:
             found = b""
             while len(found) < size:
@@ -154,19 +158,19 @@ class MachineAccess:
             os.close(fd)
 
     def resolve(self, path: str) -> str:
-        real = PurePosixPath(os.path.realpath(self._host(path), strict=True))
+        real = PurePosixPath(os.path.realpath(self.local(path), strict=True))
         if not real.is_relative_to(self._root):
             return str(real)  # an absolute link of another root: nothing below it is known here
         return str(PurePosixPath("/") / real.relative_to(self._root))
 
     def allowed(self, path: str, mode: int) -> bool:
-        return "\0" not in path and os.access(self._host(path), mode)
+        return "\0" not in path and os.access(self.local(path), mode)
 
     def stat(self, path: str) -> os.stat_result:
-        return os.stat(self._host(path))
+        return os.stat(self.local(path))
 
     async def write(self, path: str, data: bytes) -> None:
-        await trio.to_thread.run_sync(partial(self._write, self._host(path), data))
+        await trio.to_thread.run_sync(partial(self._write, self.local(path), data))
 
     @staticmethod
     def _write(path: str, data: bytes) -> None:
@@ -178,4 +182,4 @@ class MachineAccess:
 
     def open_node(self, path: str) -> Node:
         flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        return MachineNode(os.open(self._host(path), flags))
+        return MachineNode(os.open(self.local(path), flags))

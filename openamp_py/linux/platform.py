@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from openamp_py.errors import (
     OpenAMPError,
     PeerGoneError,
     PlatformError,
+    StateError,
 )
 from openamp_py.linux.access import Access, MachineAccess
 from openamp_py.linux.dump import decode_dump_untrusted
@@ -374,6 +376,9 @@ class LinuxPlatform(Platform):
         """Sets back what was changed, if that is wanted."""
         self._crashed = False
         if self._must_stop:  # it crashed, and the kernel may have it running again
+            # While the kernel recovers it, its state is offline: a stop waits for the end of that.
+            with contextlib.suppress(StateError):
+                await self.tell("state", "stop")
             await self.stop_core()
             self._must_stop = False
         settings, self._settings = self._settings, None
@@ -552,12 +557,14 @@ class LinuxPlatform(Platform):
     async def _read_dump(self, dump: WaitingDump) -> bytes:
         data = bytearray()
         try:
-            while len(data) < _DUMP_LIMIT:
+            while len(data) <= _DUMP_LIMIT:
                 piece = self.access.read(dump.data, _PIECE, len(data))
                 data += piece
                 if len(piece) < _PIECE:
                     break
                 await trio.lowlevel.checkpoint()
+            if len(data) > _DUMP_LIMIT:
+                raise PlatformError(f"{dump.data} has more than {_DUMP_LIMIT} bytes; it stays")
         except PermissionError as error:
             raise denied(dump.data, error) from error
         except OSError as error:
@@ -592,7 +599,7 @@ class LinuxPlatform(Platform):
         chosen = self._directory
         if chosen is None:
             own = TreeReader(self.access).text(FIRMWARE_PATH)
-            chosen = own or DEFAULT_DIRECTORY
+            chosen = self.access.local(own or DEFAULT_DIRECTORY)
         try:
             self._staged = await trio.to_thread.run_sync(_write_file, Path(chosen), image)
         except OSError as error:
@@ -607,8 +614,10 @@ class LinuxPlatform(Platform):
         try:
             before = self.access.read(FIRMWARE_PATH).rstrip(b"\n")
             directory.mkdir(mode=0o700, exist_ok=True)
-            if directory.stat().st_uid != os.getuid():  # somebody else's could be changed by him
-                raise PermissionError(errno.EPERM, "it is not ours", str(directory))
+            found = directory.lstat()
+            others = found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            if others or not stat.S_ISDIR(found.st_mode):  # a link could lead anywhere
+                raise PermissionError(errno.EPERM, "others can change it", str(directory))
             staged = _write_file(directory, image)
             await self.access.write(FIRMWARE_PATH, str(directory).encode())
         except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from openamp_py import (
 from openamp_py.choosing import check_name, create_platform, is_core, shipped_image
 from openamp_py.linux.fake import FakeProcessor, FakeTree, open_fake_tree
 from openamp_py.linux.platform import AS_SET, LinuxPlatform
-from openamp_py.linux.tree import FIRMWARE_PATH
+from openamp_py.linux.tree import FIRMWARE_PATH, read_tree
 from openamp_py.remoteproc.coredump import Coredump
 from openamp_py.remoteproc.images import with_table
 from openamp_py.remoteproc.resource_table import ResourceTable
@@ -93,6 +94,19 @@ async def test_an_image_is_put_where_the_kernel_looks_and_all_is_set_back(
     assert word(tree, m4, "firmware") == "fake.elf"
     assert word(tree, m4, "recovery") == "enabled"
     assert sorted(directory.iterdir()) == before
+
+
+async def test_an_image_is_put_into_the_machine_that_the_processor_is_of(
+    tree: FakeTree, m4: FakeProcessor
+) -> None:
+    """A fake's firmware has nothing to seek in /lib/firmware of the machine that plays it."""
+    image = shipped_echo().read_bytes()
+    async with open_processor(platform_of(tree)) as processor:
+        await processor.boot(image)
+        assert m4.remote is not None
+        assert m4.remote.image == image
+        assert (tree.root / "lib/firmware" / m4.remote.firmware).read_bytes() == image
+    assert sorted(os.listdir(tree.root / "lib/firmware")) == ["fake.elf"]
 
 
 async def test_firmware_that_the_kernel_has_is_named(tree: FakeTree, m4: FakeProcessor) -> None:
@@ -172,6 +186,36 @@ async def test_a_core_that_crashed_and_was_given_up_is_off_in_the_end(
         await recovered.wait()
         while m4.state != "running":
             await trio.sleep(QUICK)
+    assert m4.state == "offline"
+
+
+async def test_a_core_that_the_kernel_recovers_at_the_end_is_off_in_the_end(
+    tree: FakeTree, m4: FakeProcessor
+) -> None:
+    """Meanwhile its file says offline, which is not the last word."""
+    begun, go_on = trio.Event(), trio.Event()
+
+    async def recover() -> None:
+        begun.set()
+        await go_on.wait()
+
+    m4.hooks["recover"] = recover
+    async with (
+        trio.open_nursery() as nursery,
+        open_processor(platform_of(tree, recovery=False)) as processor,
+    ):
+        await processor.boot(AS_SET)
+        m4.crash()
+        await processor.wait_state(ProcessorState.CRASHED)
+        nursery.start_soon(tree.write, f"{m4.path}/recovery", b"recover")
+        await begun.wait()
+        assert m4.state == "offline"
+
+        async def end_it() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+
+        nursery.start_soon(end_it)
     assert m4.state == "offline"
 
 
@@ -475,6 +519,44 @@ async def test_where_the_kernels_directory_cannot_be_written_it_looks_in_ours(
     assert ours[0].startswith(str(tmp_path).encode())
     assert ours[1] == b"\0"  # as it was
     assert not list(tmp_path.rglob("*.elf"))
+
+
+@pytest.mark.parametrize("trap", ["link", "file", "open to all"])
+async def test_a_directory_for_firmware_that_others_could_change_is_not_used(
+    tree: FakeTree, m4: FakeProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trap: str
+) -> None:
+    monkeypatch.setattr("openamp_py.linux.platform.DEFAULT_DIRECTORY", "/proc/no/such/place")
+    monkeypatch.setattr("openamp_py.linux.platform.tempfile.gettempdir", lambda: str(tmp_path))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    place = tmp_path / f"openamp_py-firmware-{os.getuid()}"
+    if trap == "link":
+        place.symlink_to(victim)
+    elif trap == "file":
+        place.touch()
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    async with open_processor(platform_of(tree)) as processor:
+        with pytest.raises(AccessDeniedError, match="/proc/no/such/place"):
+            await processor.boot(shipped_echo())
+    assert not list(tmp_path.rglob("*.elf"))
+
+
+async def test_a_coredump_that_is_too_large_is_not_cut_and_dismissed(
+    tree: FakeTree, m4: FakeProcessor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openamp_py.linux.platform._DUMP_LIMIT", 16)
+    await tree.write(f"{m4.path}/coredump", b"enabled")
+    await tree.write(f"{m4.path}/state", b"start")
+    m4.crash()
+    with trio.fail_after(5):
+        while m4.state != "running":
+            await trio.lowlevel.checkpoint()
+    with pytest.raises(PlatformError, match="more than 16 bytes"):
+        await platform_of(tree).fetch_coredump(tmp_path / "dump")
+    assert not (tmp_path / "dump").exists()
+    assert read_tree(tree).dumps
 
 
 async def test_a_boot_that_is_cancelled_does_not_stop_somebody_elses_core(
