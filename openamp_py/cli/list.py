@@ -54,7 +54,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _lines(tree: LinuxTree) -> Iterator[str]:
     if not tree.processors:
-        yield f"no remote processors: {PROCESSORS} has none (see `openamp doctor`)"
+        yield (
+            f"no remote processors: {PROCESSORS} has none (`openamp doctor` tells why; "
+            "`openamp cores` lists those that need no hardware)"
+        )
     for processor in tree.processors:
         yield _describe(processor)
         yield from _belongings(tree, processor.kernel_name)

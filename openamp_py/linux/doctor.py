@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from openamp_py.linux.access import Access, MachineAccess
-from openamp_py.linux.tree import DEBUG, PROCESSORS, LinuxProcessor, LinuxTree, read_tree
+from openamp_py.linux.tree import DEBUG, PROCESSORS, RELEASE, LinuxProcessor, LinuxTree, read_tree
 
 DEFAULT_GROUP: Final = "openamp"
 """Group that the udev rules give the nodes to, where none is named."""
@@ -131,11 +131,11 @@ def _check_kernel(access: Access, tree: LinuxTree) -> Iterator[Check]:
     built_in, loadable = (
         _text(access, f"/lib/modules/{tree.release}/modules.{name}") for name in ("builtin", "dep")
     )
-    where = tree.release or "this kernel"
+    where = tree.release or f"no version in {RELEASE}"
     if options is None:
+        places = " or ".join(_config_places(tree.release))
         yield Check(
-            Level.NOTE, "kernel", f"{where}; its options are unknown: no /proc/config.gz, no "
-            f"/boot/config-{where}"
+            Level.NOTE, "kernel", f"{where}; its options are unknown: there is no {places}"
         )  # fmt: skip
     else:
         yield Check(Level.FINE, "kernel", where)
@@ -186,7 +186,7 @@ def _is_active(access: Access, tree: LinuxTree, option: _Option) -> bool:
 
 def read_options(access: Access, release: str | None) -> Mapping[str, str] | None:
     """The kernel's options without CONFIG_, as y, m or a value; None: nobody tells them."""
-    for path in ("/proc/config.gz", f"/boot/config-{release}", f"/lib/modules/{release}/config"):
+    for path in _config_places(release):
         try:
             data = access.read(path, _MAX_CONFIG)
         except OSError:
@@ -199,6 +199,11 @@ def read_options(access: Access, release: str | None) -> Mapping[str, str] | Non
         lines = re.findall(r"^CONFIG_(\w+)=(.*)$", data.decode("utf-8", "replace"), re.MULTILINE)
         return dict(lines)
     return None
+
+
+def _config_places(release: str | None) -> tuple[str, ...]:
+    own = (f"/boot/config-{release}", f"/lib/modules/{release}/config") if release else ()
+    return ("/proc/config.gz", *own)
 
 
 def _version(release: str | None) -> tuple[int, int]:
@@ -287,7 +292,8 @@ def _check_firmware(access: Access, tree: LinuxTree, processor: LinuxProcessor) 
 def firmware_places(tree: LinuxTree) -> tuple[str, ...]:
     """The directories in which this kernel looks for firmware, the first first."""
     own = (tree.firmware_path.rstrip("/"),) if tree.firmware_path else ()
-    subs = (f"/updates/{tree.release}", "/updates", f"/{tree.release}", "")
+    release = tree.release
+    subs = (f"/updates/{release}", "/updates", f"/{release}", "") if release else ("/updates", "")
     return (*own, *(f"/lib/firmware{sub}" for sub in subs))
 
 

@@ -129,7 +129,7 @@ class LinuxPlatform(Platform):
         look: seconds between looks at the state.
 
     Raises:
-        ValueError: no name.
+        ValueError: no name, of the processor or of the firmware.
     """
 
     def __init__(
@@ -147,6 +147,8 @@ class LinuxPlatform(Platform):
     ) -> None:
         if not processor:
             raise ValueError("which processor? Name it (linux:NAME); `openamp list` shows them")
+        if firmware == "":
+            raise ValueError("the name of the firmware is empty; without one, what is set is used")
         self.name = f"{SCHEME}:{processor}"
         self.memory = MemoryMap([])
         self.access: Access = MachineAccess() if access is None else access
@@ -206,13 +208,14 @@ class LinuxPlatform(Platform):
         if len(named) == 1:
             self._path = named[0].path
             return named[0]
-        names = ", ".join(str(each.name) for each in found) or "none"
+        names = ", ".join(str(each.name) for each in found)
         if named:
             which = ", ".join(each.kernel_name for each in named)
             raise PlatformError(
                 f"{len(named)} processors are called {self._processor!r}: {which}; name one of them"
             )
-        raise PlatformError(f"no processor {self._processor!r} on this machine; there are: {names}")
+        there = f"there are: {names}" if names else "there is none (`openamp doctor` tells why)"
+        raise PlatformError(f"no processor {self._processor!r} on this machine; {there}")
 
     @property
     def kernel_name(self) -> str:

@@ -61,7 +61,8 @@ async def test_the_list_as_json(tree: FakeTree, capsys: pytest.CaptureFixture[st
 def test_a_machine_without_processors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out == (
-        "no remote processors: /sys/class/remoteproc has none (see `openamp doctor`)\n"
+        "no remote processors: /sys/class/remoteproc has none (`openamp doctor` tells why; "
+        "`openamp cores` lists those that need no hardware)\n"
     )
     assert main(["list", "--root", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["processors"] == []

@@ -155,6 +155,14 @@ def test_the_kernels_own_words_come_first(tmp_path: Path) -> None:
 # Processors
 
 
+async def test_a_kernel_that_does_not_say_its_version(tree: FakeTree, m4: FakeProcessor) -> None:
+    tree.hide("/proc/sys/kernel/osrelease")
+    tree.remove("/lib/firmware/fake.elf")
+    said = [f"{each.text} {each.cure}" for each in examine(tree)]
+    assert not [text for text in said if "None/" in text or "/None" in text or "-None" in text]
+    assert "no version in /proc/sys/kernel/osrelease" in said[0]
+
+
 async def test_no_processor(tree: FakeTree) -> None:
     ((subject, text, cure),) = wrong(tree)
     assert (subject, text) == ("processors", "none in /sys/class/remoteproc")

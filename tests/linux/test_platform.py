@@ -312,6 +312,9 @@ async def test_the_trace_is_read_and_followed(tree: FakeTree, m4: FakeProcessor)
 async def test_an_unknown_name_says_which_there_are(tree: FakeTree, m4: FakeProcessor) -> None:
     with pytest.raises(PlatformError, match="there are: dsp, m4"):
         platform_of(tree, "m7").find()
+    async with open_fake_tree() as empty:
+        with pytest.raises(PlatformError, match=r"there is none .*openamp doctor"):
+            platform_of(empty).find()
 
 
 async def test_two_of_one_name_are_told_apart_by_the_kernels_names(
@@ -479,6 +482,7 @@ def test_the_url_says_it_all() -> None:
     ("url", "text"),
     [
         ("linux:", "which processor"),
+        ("linux:m4?firmware=", "firmware is empty"),
         ("linux:m4?replace=2", "0 and 1"),
         ("linux:m4?what=1", "unknown what"),
     ],
