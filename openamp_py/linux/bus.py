@@ -98,7 +98,7 @@ class LinuxBus(Bus):
         self._open_endpoints: set[LinuxEndpoint] = set()
         self._announced: tuple[Channel, ...] = ()
         self._devices: dict[Channel, LinuxChannel] = {}
-        self._names: frozenset[str] = frozenset()
+        self._read: dict[str, LinuxChannel] = {}  # by the kernel's names
         self._wanted: dict[LinuxEndpoint, int] = {}  # the addresses they were opened with
         self._watches: set[ServiceWatch] = set()
         self._waiters = 0  # tasks that wait for a service
@@ -403,9 +403,8 @@ class LinuxBus(Bus):
             self.fail(self._platform.explain_loss(f"its RPMsg bus {self._bus_name} is gone"))
             self._platform.bus_lost.set()  # so that its state is looked at, too
             return
-        if names != self._names:
-            self._names = names
-            self._take_channels()
+        if names != self._read.keys():
+            self._take_channels(names)
         now = trio.current_time()
         for endpoint, (until, cause) in tuple(self._doubts.items()):
             if now >= until:
@@ -431,7 +430,7 @@ class LinuxBus(Bus):
             self._identity = self._access.stat(self._control_path).st_ino
         except OSError as error:
             raise node_fault(self._control_path, "it went again", error) from error
-        self._names, self._announced, self._devices = frozenset(), (), {}
+        self._announced, self._devices, self._read = (), {}, {}
         self.failure = None
         self.usable = not self._ended
         self.look()
@@ -499,19 +498,28 @@ class LinuxBus(Bus):
             for watch in self._watches:
                 watch.end(self.ended())
 
-    def _take_channels(self) -> None:
+    def _take_channels(self, names: frozenset[str]) -> None:
         """The services that are announced now."""
+        # A remote announces as many as it likes, so each is read only once; its name and address
+        # are in the kernel's name for it. What could not be read is tried again at the next look.
+        known = {name: found for name, found in self._read.items() if name in names}
+        new = TreeReader(self._access).channels(names - known.keys())
+        self._read = known | {
+            found.kernel_name: found
+            for found in new
+            if found.name is not None and found.destination is not None
+        }
         devices = {
             Channel(found.name, found.destination): found
-            for found in TreeReader(self._access).channels()
+            for found in self._read.values()
             if found.bus == self._bus_name
             and found.processor == self._platform.kernel_name
             and found.name
             and found.destination is not None
             and _is_service(found)
         }
-        before, now = self._announced, tuple(devices)
-        self._announced, self._devices = now, devices
+        before, now = self._devices, devices
+        self._announced, self._devices = tuple(devices), devices
         for channel in before:
             if channel not in devices:
                 self._tell(Announcement(channel, destroy=True))
@@ -522,7 +530,7 @@ class LinuxBus(Bus):
         for channel in now:
             if channel not in before:
                 self._tell(Announcement(channel))
-        if before != now:
+        if before.keys() != now.keys():
             self._parked.unpark_all()
 
     def _tell(self, announcement: Announcement) -> None:
@@ -602,6 +610,8 @@ class LinuxBus(Bus):
     async def _open_own(self, device: LinuxChannel) -> OpenNode | None:
         """The node that the kernel's driver has for a service; None where it has none, or it is
         in use."""
+        for found in TreeReader(self._access).channels([device.kernel_name]):
+            device = found  # its driver may have come since, and chosen the source
         source = ADDRESS_ANY if device.source is None else device.source
         for name in self._children(f"{device.path}/rpmsg", _ENDPOINT):
             path = f"/dev/{name}"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final, TypeVar
@@ -242,9 +242,13 @@ class TreeReader:
         """The processors, by their numbers."""
         return self._entries(PROCESSORS, r"remoteproc[0-9]+", self._processor)
 
-    def channels(self) -> tuple[LinuxChannel, ...]:
-        """The devices on all rpmsg buses."""
-        return self._entries(CHANNELS, r"(?s).+", self._channel)
+    def channels(self, only: Collection[str] | None = None) -> tuple[LinuxChannel, ...]:
+        """The devices on all rpmsg buses.
+
+        Args:
+            only: kernel names of those that are read; by default all.
+        """
+        return self._entries(CHANNELS, r"(?s).+", self._channel, only)
 
     def nodes(self) -> tuple[tuple[ControlNode, ...], tuple[EndpointNode, ...]]:
         """The control nodes and those of endpoints, by their numbers."""
@@ -293,10 +297,16 @@ class TreeReader:
         return found[:_MAX_ENTRIES]
 
     def _entries(
-        self, directory: str, pattern: str, read: Callable[[str, str], Entry | None]
+        self,
+        directory: str,
+        pattern: str,
+        read: Callable[[str, str], Entry | None],
+        only: Collection[str] | None = None,
     ) -> tuple[Entry, ...]:
         found = []
         for name in self._names(directory, pattern):
+            if only is not None and name not in only:
+                continue
             path = self._resolve(f"{directory}/{name}")
             before = len(self.problems)
             entry = None if path is None else read(name, path)

@@ -216,6 +216,44 @@ async def test_services_come_and_go(tree: FakeTree) -> None:
             assert endpoint.destination == 1031
 
 
+async def test_each_announcement_is_read_once(
+    tree: FakeTree, m4: FakeProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A remote that announces without end would have all of them read each time."""
+    async with open_board(tree) as session:
+        assert m4.remote is not None
+        for address in range(5000, 5020):
+            m4.remote.announce("many", address)
+        assert len([each for each in session.bus.channels if each.name == "many"]) == 20
+        paths: list[str] = []
+        read = tree.read
+
+        def record(path: str, size: int = 4096, offset: int = 0) -> bytes:
+            paths.append(path)
+            return read(path, size, offset)
+
+        monkeypatch.setattr(tree, "read", record)
+        m4.remote.announce("one more", 6000)
+        assert Channel("one more", 6000) in session.bus.channels
+        assert {path.split("/")[-2] for path in paths} == {"virtio0.one more.-1.6000"}
+        paths.clear()
+        m4.remote.withdraw("many", 5000)
+        assert Channel("many", 5000) not in session.bus.channels
+        assert not paths
+
+
+async def test_an_announcement_that_could_not_be_read_is_read_later(
+    tree: FakeTree, m4: FakeProcessor
+) -> None:
+    async with open_board(tree) as session:
+        assert m4.remote is not None
+        tree.hide("*/virtio0.late.*/name")
+        m4.remote.announce("late", 5000)
+        assert "late" not in [each.name for each in session.bus.channels]
+        tree.restore("*/virtio0.late.*/name")
+        assert Channel("late", 5000) in session.bus.channels
+
+
 async def test_an_endpoint_without_a_name_is_made_by_its_first_message(
     tree: FakeTree, m4: FakeProcessor
 ) -> None:
