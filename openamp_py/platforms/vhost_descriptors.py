@@ -60,13 +60,18 @@ class Kick:
         """Owns `fd` from now on.
 
         Raises:
-            VhostUserError: it is not an eventfd.
+            VhostUserError: it is not an eventfd, or one that counts down.
         """
         self._fd = fd
         self._count = bytearray(8)
         try:
             if not _is_eventfd(fd):
                 raise VhostUserError(f"the kick descriptor of vring {index} is not an eventfd")
+            if _counts_down(fd):
+                raise VhostUserError(
+                    f"the kick descriptor of vring {index} is an eventfd that is a semaphore; one "
+                    "write may keep it readable for ever"
+                )
         except BaseException:
             os.close(fd)
             raise
@@ -159,6 +164,9 @@ class BackChannel:
             if not stat.S_ISSOCK(os.fstat(fd).st_mode):
                 raise VhostUserError("the descriptor of SET_BACKEND_REQ_FD is not a socket")
             self._socket = socket.socket(fileno=fd)
+        except OSError as error:
+            os.close(fd)
+            raise VhostUserError(f"the descriptor of SET_BACKEND_REQ_FD: {error}") from error
         except BaseException:
             os.close(fd)
             raise
@@ -242,4 +250,13 @@ def _seal(fd: int) -> bool:
 
 
 def _is_eventfd(fd: int) -> bool:
-    return os.readlink(f"/proc/self/fd/{fd}") == _EVENTFD
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == _EVENTFD
+    except OSError:  # a file whose path is longer than any name that can be read
+        return False
+
+
+def _counts_down(fd: int) -> bool:
+    """Whether reading an eventfd takes one of many, as far as this kernel tells (since 6.5)."""
+    with open(f"/proc/self/fdinfo/{fd}") as lines:
+        return any(line.split() == ["eventfd-semaphore:", "1"] for line in lines)

@@ -108,7 +108,8 @@ class VhostUserLink:
 
     Who breaks the protocol, or a ring, loses its connection, and the next front end is served;
     the log says why. Memory that its owner cuts off later kills this program by SIGBUS, where it
-    could not be sealed (see `VhostUserAddress`): whoever may connect is trusted so far, and no
+    could not be sealed (see `VhostUserAddress`), and an eventfd for calls that its owner fills, and
+    makes blocking just as it is written, stops it: whoever may connect is trusted so far, and no
     further. The socket's directory says who may.
 
     Args:
@@ -213,8 +214,10 @@ class Guests:
 
     def drop_driver(self, cause: OpenAMPError) -> bool:
         """The driver broke a ring: its connection is closed. Returns whether another may come."""
-        self._broken = self._refusal(cause)
-        self._connection.cancel()
+        # Whoever worked the device may have taken long to end: meanwhile its guest may have left,
+        # and the connection may be another one's.
+        if self._given is not None:
+            self._drop(cause)
         return True
 
     async def serve(self, sock: socket.socket) -> OpenAMPError:
@@ -270,7 +273,12 @@ class Guests:
                     if self._front_end is not None:
                         self._front_end.look()
                 except VhostUserError as error:
-                    self.drop_driver(error)
+                    self._drop(error)
+
+    def _drop(self, cause: OpenAMPError) -> None:
+        """Closes the present connection."""
+        self._broken = self._refusal(cause)
+        self._connection.cancel()
 
     def _refusal(self, error: OpenAMPError) -> OpenAMPError:
         # As text: whoever keeps this must not keep the guest's memory, which a traceback does.
@@ -361,4 +369,5 @@ async def _send(sock: socket.socket, data: bytes) -> None:
 def _refuse(sock: socket.socket, request: wire.Request) -> None:
     """Tells a front end that a request failed, if it listens."""
     with contextlib.suppress(OSError):
-        sock.send(wire.encode_reply(request, wire.encode_u64(1)), socket.MSG_DONTWAIT)
+        reply = wire.encode_reply(request, wire.encode_u64(1))
+        sock.send(reply, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import itertools
 import logging
 import os
+import select
+import signal
 import socket
 import struct
 from collections.abc import AsyncIterator, Sequence
@@ -54,7 +57,7 @@ from openamp_py.constants import (
 )
 from openamp_py.memory import MemoryMap, SharedMemory
 from openamp_py.platforms import vhost_wire as wire
-from openamp_py.platforms.vhost_descriptors import Kick
+from openamp_py.platforms.vhost_descriptors import BackChannel, Kick
 from openamp_py.platforms.vhost_wire import MemoryPlace, Request
 from openamp_py.remote import BusApplication
 from openamp_py.rpmsg.recent import RecentMessages, recent_messages
@@ -646,6 +649,24 @@ _LIES: list[tuple[str, Requests, list[str], str]] = [
         ["pipe"],
         "the kick descriptor of vring 1 is not an eventfd",
     ),
+    *(
+        (
+            f"kick is a {kind}",
+            [*_OWNER, (Request.SET_VRING_KICK, _U64.pack(0))],
+            [kind],
+            "the kick descriptor of vring 0 is not an eventfd",
+        )
+        for kind in ("directory", "terminal", "epoll", "zero", "socket", "distant")
+    ),
+    *(
+        (
+            f"call is a {kind}",
+            [*_OWNER, (Request.SET_VRING_CALL, _U64.pack(0))],
+            [kind],
+            "call descriptor of vring 0 is neither an eventfd nor a socket",
+        )
+        for kind in ("directory", "terminal", "epoll", "zero", "distant", "pipe")
+    ),
     (
         "call is a file",
         [*_OWNER, (Request.SET_VRING_CALL, _U64.pack(1))],
@@ -686,6 +707,7 @@ _LIES: list[tuple[str, Requests, list[str], str]] = [
     ("huge", [*_OWNER, (Request.SET_MEM_TABLE, bytes(8 + 32 * 9))], [], "296 bytes; 268 are"),
     ("empty region", _table((0, 0, 0, 0)), ["memory"], "empty, or beyond 64 bits"),
     ("wraps", _table((0, 2, (1 << 64) - 1, 0)), ["memory"], "empty, or beyond 64 bits"),
+    ("ends at 0", _table(((1 << 64) - 4096, 4096, 0, 0)), ["memory"], "empty, or beyond 64 bits"),
     ("no file", _table((0, 4096, 0, 0)), [], "0 descriptors came with it; 1 belong"),
     (
         "one file for two",
@@ -709,6 +731,9 @@ _LIES: list[tuple[str, Requests, list[str], str]] = [
     ("far beyond", _table((0, 1 << 62, 0, 1 << 62)), ["memory"], "the file has 0x10000 bytes"),
     ("memory is a pipe", _table((0, 4096, 0, 0)), ["pipe"], "is not a file"),
     ("memory is a device", _table((0, 4096, 0, 0)), ["zero"], "is not a file"),
+    ("memory is a directory", _table((0, 4096, 0, 0)), ["directory"], "is not a file"),
+    ("memory is an eventfd", _table((0, 4096, 0, 0)), ["eventfd"], "is not a file"),
+    ("memory is a socket", _table((0, 4096, 0, 0)), ["socket"], "is not a file"),
     ("memory to read", _table((0, 4096, 0, 0)), ["readonly"], "cannot be mapped"),
 ]
 
@@ -732,11 +757,44 @@ class _Descriptors:
             self._stack.callback(os.close, other)
         elif kind == "zero":
             fd = os.open("/dev/zero", os.O_RDWR)
+        elif kind == "directory":
+            fd = os.open(self._directory, os.O_RDONLY)
+        elif kind == "terminal":
+            fd, other = os.openpty()
+            self._stack.callback(os.close, other)
+        elif kind == "epoll":
+            # That of an epoll in it is readable, and cannot be read.
+            epoll = self._stack.enter_context(select.epoll())
+            ready = self.create("eventfd")
+            os.eventfd_write(ready, 1)
+            epoll.register(ready)
+            return epoll.fileno()
+        elif kind == "socket":
+            ours, theirs = socket.socketpair()
+            self._stack.callback(ours.close)
+            self._stack.callback(theirs.close)
+            return theirs.fileno()
+        elif kind == "distant":
+            fd = self._create_distant()
         else:
             (self._directory / "readonly").write_bytes(bytes(0x10000))
             fd = os.open(self._directory / "readonly", os.O_RDONLY)
         self._stack.callback(os.close, fd)
         return fd
+
+    def _create_distant(self) -> int:
+        """A file whose path is longer than any that can be told."""
+        at = os.open(self._directory, os.O_RDONLY)
+        try:
+            for _ in range(24):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir("d" * 200, dir_fd=at)
+                below = os.open("d" * 200, os.O_RDONLY, dir_fd=at)
+                os.close(at)
+                at = below
+            return os.open("file", os.O_RDWR | os.O_CREAT, dir_fd=at)
+        finally:
+            os.close(at)
 
     def close(self) -> None:
         self._stack.close()
@@ -924,6 +982,36 @@ async def test_a_guest_that_breaks_a_ring_is_dropped_and_the_next_one_served(
         assert not ended.is_set()
 
 
+async def test_the_next_guest_does_not_pay_for_the_one_that_broke_a_ring(
+    tmp_path: Path,
+) -> None:
+    """The application of the one before takes so long to end that the next one is there by then."""
+    release = trio.Event()
+    lives = []
+
+    async def application(bus: Bus) -> None:
+        lives.append(bus)
+        if len(lives) > 1:
+            await _echo(bus)
+        with trio.CancelScope(shield=True):
+            await release.wait()
+
+    async with _served(tmp_path / "s", application):
+        async with open_front_end(tmp_path / "s") as (side, nursery):
+            await side.shake_hands(nursery)
+            async with open_driver(side, nursery):
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                at = side.guest.parts[1][1]
+                side.shared.region("guest", 0).view[at + 2 : at + 4] = b"\xff\x7f"
+                side.kick(1)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+        async with open_guest(tmp_path / "s") as bus:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            release.set()
+            await _exchange(bus)
+    assert len(lives) == 2
+
+
 async def test_in_band_without_its_channel(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1006,6 +1094,54 @@ async def test_a_kick_that_somebody_else_takes_is_waited_for_on() -> None:
                 kick.close()
     finally:
         os.close(fd)
+
+
+async def test_a_kick_that_one_write_keeps_readable_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fd = os.eventfd(0, os.EFD_SEMAPHORE)
+    try:
+        if "semaphore" not in Path(f"/proc/self/fdinfo/{fd}").read_text():
+            pytest.skip("this kernel does not tell which eventfd is a semaphore (Linux 6.5 does)")
+        async with _served(tmp_path / "s"), open_front_end(tmp_path / "s") as (side, _):
+            await side.send(encode_request(Request.SET_OWNER))
+            await side.send(encode_request(Request.SET_VRING_KICK, _U64.pack(0)), [fd])
+            assert await side.read(1) == b""
+        assert "vring 0 is an eventfd that is a semaphore" in caplog.text
+    finally:
+        os.close(fd)
+
+
+def test_a_channel_that_python_knows_no_socket_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the kernel's cryptography, which have no name."""
+
+    def refuse(*, fileno: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        fd = os.dup(theirs.fileno())
+        monkeypatch.setattr(socket, "socket", refuse)
+        with pytest.raises(VhostUserError, match=r"SET_BACKEND_REQ_FD: .* not supported"):
+            BackChannel(fd)
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(fd)
+
+
+async def test_a_refusal_that_nobody_hears_kills_nobody(tmp_path: Path) -> None:
+    """Programs that write to pipes end by SIGPIPE."""
+    signals = []
+    before = signal.signal(signal.SIGPIPE, lambda number, _: signals.append(number))
+    try:
+        async with _served(tmp_path / "s"):
+            async with open_front_end(tmp_path / "s") as (side, _):
+                await side.set(Request.SET_PROTOCOL_FEATURES, _U64.pack(wire.REPLY_ACK))
+                flags = wire.VERSION | wire.NEED_REPLY
+                await side.send(encode_request(Request.SET_VRING_NUM, encode_state(0, 4), flags))
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert not signals
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 # Memory that is cut off
