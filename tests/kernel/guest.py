@@ -122,7 +122,10 @@ class Guest:
         self._number += 1
         number = self._number
         (self.directory / f"{number}.sh").write_text(script)
-        await self.process.stdin.send_all(b"%d\n" % number)
+        try:
+            await self.process.stdin.send_all(b"%d\n" % number)
+        except trio.BrokenResourceError:
+            raise GuestError(f"the guest ended before script {number}: {self.tail()}") from None
         status = await self.wait_mark(number, limit, silence)
         return status, (self.directory / f"{number}.out").read_text(errors="replace")
 

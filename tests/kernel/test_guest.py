@@ -54,6 +54,15 @@ async def test_a_guest_that_hangs_is_killed_with_all_that_belongs_to_it(
     assert not processes_of(place)
 
 
+async def test_a_guest_that_has_ended_runs_nothing(kernel: Kernel, place: Path) -> None:
+    async with open_guest(kernel, place) as guest:
+        with pytest.raises(GuestError, match="the guest ended in script 1"):
+            await guest.run("poweroff -f; sleep 10")
+        await guest.process.wait()
+        with pytest.raises(GuestError, match="the guest ended before script 2"):
+            await guest.run("true")
+
+
 async def test_a_guest_that_panics_says_why(boot: Boot) -> None:
     """On a table that we refuse: the kernel stops vrings that are not there."""
     table = make_table(Vdev(VIRTIO_ID_RPMSG, 0, RPMSG_F_NS))
