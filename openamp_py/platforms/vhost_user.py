@@ -2,6 +2,10 @@
 
 The guest is a User-Mode Linux (``virtio_uml.device=PATH:7``) or a QEMU from version 11 on
 (``vhost-user-test-device`` with ``virtio-id=7``). Nothing is booted here: the guest connects.
+
+Linux (seen with 6.1 and 6.12) works the RPMsg bus in the interrupts of such devices, where it must
+not wait and may: a User-Mode Linux can panic as a service is announced. The tests' kernel has a
+patch against that.
 """
 
 from __future__ import annotations

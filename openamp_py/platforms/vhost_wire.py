@@ -275,9 +275,9 @@ def decode_memory_untrusted(payload: bytes) -> tuple[MemoryPlace, ...]:
         for number in range(count)
     )
     for place in places:
-        highest = max(place.guest_pa, place.user_va, place.offset)
-        # The end has to be an address too: C counts in 64 bits.
-        if not place.size or highest + place.size >= _ADDRESS_LIMIT:
+        # The end of what a ring may point to has to be an address too: C counts it in 64 bits.
+        highest = max(place.guest_pa + 1, place.user_va, place.offset)
+        if not place.size or highest + place.size > _ADDRESS_LIMIT:
             raise VhostUserError(
                 f"{request.name}: {place}, for the front end at {place.user_va:#x}, at "
                 f"{place.offset:#x} of its file: empty, or beyond 64 bits"

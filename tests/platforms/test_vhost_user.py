@@ -1224,7 +1224,12 @@ _steps = st.tuples(
     st.one_of(st.sampled_from(Request), st.integers(0, 45)),
     _payloads,
     st.sampled_from([wire.VERSION, wire.VERSION | wire.NEED_REPLY]),
-    st.lists(st.sampled_from(["eventfd", "memory", "pipe"]), max_size=2),
+    st.lists(
+        st.sampled_from(
+            ["eventfd", "memory", "pipe", "zero", "directory", "terminal", "epoll", "socket"]
+        ),
+        max_size=2,
+    ),
 )
 
 
