@@ -4,8 +4,8 @@ The guest is a User-Mode Linux (``virtio_uml.device=PATH:7``) or a QEMU from ver
 (``vhost-user-test-device`` with ``virtio-id=7``). Nothing is booted here: the guest connects.
 
 Linux (seen with 6.1 and 6.12) works the RPMsg bus in the interrupts of such devices, where it must
-not wait and may: a User-Mode Linux can panic as a service is announced. The tests' kernel has a
-patch against that.
+not wait and may: a guest can panic as a service is announced. The driver of a remote processor in
+between, as in tests/kernel, calls it where it may.
 """
 
 from __future__ import annotations
