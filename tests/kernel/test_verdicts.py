@@ -38,7 +38,7 @@ pytestmark = pytest.mark.linux_kernel
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "linux" / "firmware.jsonl"
 MUTANTS = 1000
-MOST_BOOTS = 10
+MOST_BOOTS = 20
 
 WE_REFUSE = {
     r"e_type|e_ehsize|e_phentsize|e_shentsize": "Linux does not look at them",
