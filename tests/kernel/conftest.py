@@ -12,20 +12,32 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+import trio
 
 from openamp_py import BusApplication
 from tests.kernel.build import Kernel, Unavailable, build
 from tests.kernel.core import DEVICE_ID, RemoteCore, open_core
-from tests.kernel.guest import Guest, open_guest
+from tests.kernel.guest import Guest, GuestError, open_guest
 
 
 @pytest.fixture(scope="session")
 def kernel() -> Kernel:
     """The kernel that guests boot; the first time it is built, which takes minutes."""
     try:
-        return build()
+        built = build()
     except Unavailable as error:
         pytest.skip(str(error))
+    try:
+        trio.run(_boot_once, built)
+    except GuestError as error:
+        pytest.skip(f"User-Mode Linux does not run on this machine: {error}")
+    return built
+
+
+async def _boot_once(kernel: Kernel) -> None:
+    with tempfile.TemporaryDirectory(prefix="openamp-") as directory:
+        async with open_guest(kernel, Path(directory)) as guest:
+            await guest.run("true")
 
 
 @pytest.fixture
